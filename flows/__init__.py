@@ -1,0 +1,1 @@
+"""The workflow around the packages: Hydra composes, Prefect runs, MLflow remembers."""

@@ -1,0 +1,1 @@
+"""Models, data, training, checkpoints and the generation engine of deepwright."""

@@ -1,0 +1,1 @@
+"""The model: embedding, blocks of attention and feed-forward, norm, head, and multi-token prediction."""

@@ -1,0 +1,1 @@
+"""deepwright_core as a plugin: what it registers."""

@@ -1,0 +1,83 @@
+"""What a stage is: a function from (validated config, input artifacts) to (output artifacts, metrics).
+
+A stage knows nothing of workflows or trackers' servers. Its identity is the hash of the config sections that it
+reads, the digests of its inputs and the version of the code: the same identity means the same result, so a finished
+stage is reused and one that was cut off goes on in its own directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .registry import Registry
+from .tracking import Progress, Tracker
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage leaves behind.
+
+    outputs: artifact name -> path relative to the stage's directory.
+    metrics: final numbers. `headline` tells which of them to show first, as (label, before, after).
+    """
+
+    outputs: Mapping[str, str]
+    metrics: Mapping[str, float]
+    headline: tuple[str, float | None, float | None] = ("", None, None)
+    tokens: int = 0
+    flops: float = 0.0
+
+
+@dataclass
+class StageContext:
+    """What a stage is given beside its config: where to write, whom to tell, what to build with."""
+
+    directory: Path
+    tracker: Tracker
+    progress: Progress
+    registry: Registry
+    hook: Any
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as registered under the kind "stage".
+
+    sections: top-level keys of the composed config that change its result.
+    needs: artifact name -> the stage that makes it.
+    run: (validated sections by name, context) -> StageResult.
+    """
+
+    name: str
+    sections: tuple[str, ...]
+    needs: Mapping[str, str]
+    run: Callable[[Mapping[str, Any], StageContext], StageResult]
+
+
+def identity(sections: Mapping[str, Any], input_digests: Mapping[str, str], code: Mapping[str, str]) -> str:
+    """Hash of everything that decides a stage's result, as 64 hex digits."""
+    text = json.dumps([sections, dict(input_digests), dict(code)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader sees either the old content or the new, never a part (also after a crash)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

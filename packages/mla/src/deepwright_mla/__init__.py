@@ -1,0 +1,1 @@
+"""Multi-head latent attention for deepwright, with absorbed decode over the latent cache."""

@@ -1,0 +1,1 @@
+"""deepwright_mla as a plugin: what it registers."""

@@ -1,0 +1,1 @@
+"""DeepSeekMoE for deepwright: routers, bias balancing, grouped experts."""

@@ -1,0 +1,1 @@
+"""deepwright_moe as a plugin: what it registers."""

@@ -1,0 +1,1 @@
+"""GRPO and its family for deepwright: rewards, rollouts, advantages, policy losses, distillation."""

@@ -1,0 +1,1 @@
+"""deepwright_rl as a plugin: what it registers."""

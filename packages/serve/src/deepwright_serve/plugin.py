@@ -1,0 +1,1 @@
+"""deepwright_serve as a plugin: what it registers."""
