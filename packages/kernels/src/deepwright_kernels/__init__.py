@@ -1,1 +1,22 @@
 """Operators of DeepSeek-style models: a PyTorch reference and Triton kernels for each."""
+
+from .dispatch import BackendWarning, add_backend, backend_for, choices, configure, operators
+from .grouped_linear import grouped_linear
+from .linear_cross_entropy import linear_cross_entropy
+from .mla_paged_decode import mla_paged_decode
+from .rms_norm import rms_norm
+from .rotary import apply_rope
+
+__all__ = [
+    "BackendWarning",
+    "add_backend",
+    "apply_rope",
+    "backend_for",
+    "choices",
+    "configure",
+    "grouped_linear",
+    "linear_cross_entropy",
+    "mla_paged_decode",
+    "operators",
+    "rms_norm",
+]

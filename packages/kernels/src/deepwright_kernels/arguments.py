@@ -1,0 +1,50 @@
+"""Sentences about wrong tensors: what every operator asks of its arguments before it starts.
+
+The checks look at shapes, dtypes and devices only, never at values: reading a value would make the host wait for the
+device. They raise `ValueError` (`TypeError` for a dtype) and name the argument, what it is and what was expected.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def shape_of(tensor: Tensor) -> str:
+    """The shape as people write it: [2, 3]."""
+    return str(list(tensor.shape))
+
+
+def require(condition: bool, operator: str, argument: str, problem: str) -> None:
+    """Raise a sentence unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{operator}: {argument} {problem}.")
+
+
+def require_shape(operator: str, argument: str, tensor: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
+    """`expected` has None where any size will do; `meaning` names the dimensions, such as "[tokens, hidden]"."""
+    fits = tensor.ndim == len(expected) and all(
+        want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise ValueError(f"{operator}: {argument} has shape {shape_of(tensor)}; expected {meaning} = [{wanted}].")
+
+
+def require_dtype(operator: str, argument: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Refuse a dtype that the operator does not take."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        have = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{operator}: {argument} is {have}; expected one of {names}.")
+
+
+def require_device(operator: str, argument: str, tensor: Tensor, device: torch.device) -> None:
+    """Refuse a tensor that lies elsewhere than the first argument."""
+    if tensor.device != device:
+        raise ValueError(
+            f"{operator}: {argument} is on {tensor.device}, but the first argument is on {device}; move one of them."
+        )
