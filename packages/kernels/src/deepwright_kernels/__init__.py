@@ -5,12 +5,11 @@ from .grouped_linear import grouped_linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mla_paged_decode import mla_paged_decode
 from .rms_norm import rms_norm
-from .rotary import apply_rope
+from .rotary import rotary
 
 __all__ = [
     "BackendWarning",
     "add_backend",
-    "apply_rope",
     "backend_for",
     "choices",
     "configure",
@@ -19,4 +18,5 @@ __all__ = [
     "mla_paged_decode",
     "operators",
     "rms_norm",
+    "rotary",
 ]

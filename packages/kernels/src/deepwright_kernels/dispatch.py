@@ -82,7 +82,7 @@ def operators() -> dict[str, list[str]]:
     return {name: sorted(declared.backends) for name, declared in sorted(_operators.items())}
 
 
-class configure:  # noqa: N801 (reads as a function; it is also a context manager)
+class configure:
     """Choose backends per operator: `configure({"rms_norm": "triton"})`; "*" stands for every operator.
 
     Holds from now on; as a context manager (`with configure(...):`) only inside.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 # Values of a chunk of logits. On a CPU a chunk should stay in the outer cache while it is read several times; on a
 # GPU it must be large enough to fill the machine.
-CPU_CHUNK_VALUES = 2**20
+CPU_CHUNK_VALUES = 2**19
 GPU_CHUNK_VALUES = 2**26
 
 

@@ -8,13 +8,11 @@ from torch import Tensor
 from .. import dispatch
 from ..arguments import FLOATS, require, require_device, require_dtype, shape_of
 
-NAME = "apply_rope"
-dispatch.operator(
-    NAME, {"reference": f"{__name__}.reference:apply_rope", "triton": f"{__name__}.triton:apply_rope"}
-)
+NAME = "rotary"
+dispatch.operator(NAME, {"reference": f"{__name__}.reference:rotary", "triton": f"{__name__}.triton:rotary"})
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x[..., 2i], x[..., 2i+1]) by the angles in cos and sin.
 
     x [..., R]; cos and sin [..., R/2] with the same shape, broadcastable to x's leading dimensions: for x [B, S, H, R]

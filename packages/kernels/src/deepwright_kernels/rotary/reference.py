@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., R], cos and sin broadcastable to [..., R/2] -> [..., R] in x's dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
     even, odd = x[..., 0::2].to(wide), x[..., 1::2].to(wide)
