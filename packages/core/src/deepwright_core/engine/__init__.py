@@ -1,0 +1,6 @@
+"""The generation engine: sequences, blocks, scheduler, runner and sampler, each with one idea of its own."""
+
+from .engine import Engine, EngineStats
+from .sequence import Completion, SamplingParams, TokenEvent
+
+__all__ = ["Completion", "Engine", "EngineStats", "SamplingParams", "TokenEvent"]

@@ -1,0 +1,263 @@
+"""The engine: requests in, tokens out.
+
+    engine = Engine(model, eos_id=1)
+    completions = engine.generate(prompts, SamplingParams(max_tokens=64))
+
+or, a token at a time, `add`, then `step` while `has_work`. One thread drives it; nothing here waits or locks.
+Left out: text (see the tokenizer), transport (see the server), speculation, adapters, grammars.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Ordered
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import RequestError, WorkError
+from .block_manager import BlockManager
+from .runner import GenerationModel, ModelRunner
+from .scheduler import Scheduler
+from .sequence import Completion, SamplingParams, Sequence, TokenEvent
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Where the engine stands, and what it has done since it was made.
+
+    prompt_tokens counts each request once, at its first admission; cached_prompt_tokens are those of them that were
+    found in the prefix cache.
+    """
+
+    running: int
+    waiting: int
+    cache_blocks_used: int
+    cache_blocks_total: int
+    prompt_tokens: int
+    generation_tokens: int
+    preemptions: int
+    cached_prompt_tokens: int
+
+
+class Engine:
+    """Continuous batching over a paged cache.
+
+    eos_id: the id (or ids) that end a completion. cache_tokens: tokens that the cache holds, in blocks of block_size.
+    max_batch: sequences that run at once. max_prefill_tokens: prompt tokens of one step.
+    """
+
+    def __init__(
+        self,
+        model: GenerationModel,
+        eos_id: int | Iterable[int],
+        *,
+        cache_tokens: int = 65536,
+        block_size: int = 16,
+        max_batch: int = 256,
+        max_prefill_tokens: int = 8192,
+    ) -> None:
+        sizes = {
+            "cache_tokens": cache_tokens,
+            "block_size": block_size,
+            "max_batch": max_batch,
+            "max_prefill_tokens": max_prefill_tokens,
+        }
+        problems = [f"{name} is {value}; expected at least 1." for name, value in sizes.items() if value < 1]
+        if not problems and cache_tokens < block_size:
+            problems.append(f"cache_tokens is {cache_tokens}; expected at least one block (block_size {block_size}).")
+        if problems:
+            raise RequestError(problems)
+        blocks = cache_tokens // block_size
+        self.model = model
+        self.eos_ids = frozenset((eos_id,) if isinstance(eos_id, int) else eos_id)
+        self.cache_capacity = blocks * block_size
+        self._scheduler = Scheduler(
+            BlockManager(blocks), block_size=block_size, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens
+        )
+        self._runner = ModelRunner(
+            model,
+            blocks=blocks,
+            block_size=block_size,
+            max_batch=max_batch,
+            row_blocks=math.ceil(min(model.max_positions, self.cache_capacity) / block_size),
+        )
+        self._sequences: dict[int, Sequence] = {}  # unfinished
+        self._cancelled: list[TokenEvent] = []  # to be told by the next step
+        self._next_id = 0
+        self._generation_tokens = 0
+
+    # Requests ----------------------------------------------------------------------------------------
+
+    def add(self, prompt_ids: Ordered[int], params: SamplingParams | None = None, *, salt: str = "") -> int:
+        """Queue a request; returns its id.
+
+        salt: requests share cached prefixes only with requests of the same salt. Give each tenant its own.
+        """
+        params = params or SamplingParams()
+        prompt = [int(token) for token in prompt_ids]
+        problems = self._problems(prompt)
+        if problems:
+            raise RequestError(problems)
+        sequence = Sequence(
+            self._next_id,
+            prompt,
+            params,
+            limit=min(len(prompt) + params.max_tokens, self.model.max_positions, self.cache_capacity),
+            stop_ids=frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.eos_ids),
+            salt=salt,
+        )
+        self._next_id += 1
+        self._sequences[sequence.request_id] = sequence
+        self._scheduler.waiting.append(sequence)
+        return sequence.request_id
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request now and free its blocks; the next step tells so. False: it had ended already."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        self._scheduler.cancel(request_id)
+        self._cancelled.append(TokenEvent(request_id, None, 0.0, "cancelled", sequence.cached_tokens))
+        return True
+
+    def step(self) -> list[TokenEvent]:
+        """Give every running request one token, and prefill some of the waiting ones.
+
+        When the model fails, the error is raised, all requests are in the queue again, and the cache is empty; the
+        caller tries again or cancels.
+        """
+        with torch.inference_mode(), self._evaluating():
+            plan = self._scheduler.plan()
+            try:
+                tokens, logprobs = self._runner.run(plan)
+                if not math.isfinite(sum(logprobs)):
+                    broken = [s.request_id for s, p in zip(plan.rows, logprobs, strict=True) if not math.isfinite(p)]
+                    raise WorkError(f"The model's logits for requests {broken} are not finite; check its weights.")
+            except BaseException:
+                self._scheduler.abandon_step()
+                raise
+        events = self._scheduler.commit(plan, tokens, logprobs)
+        self._generation_tokens += len(tokens)
+        for event in events:
+            if event.finish_reason:
+                del self._sequences[event.request_id]
+        if self._cancelled:
+            events = self._cancelled + events
+            self._cancelled = []
+        return events
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to tell."""
+        return bool(self._sequences or self._cancelled)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts for metrics and logs."""
+        scheduler = self._scheduler
+        return EngineStats(
+            running=len(scheduler.admitted),
+            waiting=len(scheduler.waiting),
+            cache_blocks_used=scheduler.manager.used,
+            cache_blocks_total=scheduler.manager.blocks,
+            prompt_tokens=scheduler.prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            preemptions=scheduler.preemptions,
+            cached_prompt_tokens=scheduler.cached_prompt_tokens,
+        )
+
+    def update_weights(self) -> None:
+        """Call after the model's parameters changed in place.
+
+        The prefix cache is dropped; requests under way keep their tokens and are prefilled again.
+        """
+        self._scheduler.new_weights()
+
+    # Batches -----------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Ordered[Ordered[int]],
+        params: SamplingParams | Ordered[SamplingParams] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        *,
+        salt: str = "",
+    ) -> list[Completion]:
+        """Complete all prompts; completions come in the order of the prompts.
+
+        One params serves all prompts, with seed + i for prompt i: copies of a prompt must not be copies of an answer.
+        A list gives each prompt its own, seeds included. on_progress(done, total) is called when requests end.
+        """
+        if self.has_work:
+            raise RequestError(
+                f"Engine.generate was called while {len(self._sequences)} added requests are under way; "
+                "finish them with step or cancel them first."
+            )
+        if params is None or isinstance(params, SamplingParams):
+            base = params or SamplingParams()
+            params = [dataclasses.replace(base, seed=base.seed + i) for i in range(len(prompts))]
+        if len(params) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts came with {len(params)} sampling parameters; give one or all.")
+        problems = [f"Prompt {i}: {problem}" for i, prompt in enumerate(prompts) for problem in self._problems(prompt)]
+        if problems:
+            raise RequestError(problems)
+
+        ids = [self.add(prompt, p, salt=salt) for prompt, p in zip(prompts, params, strict=True)]
+        sequences = [self._sequences[i] for i in ids]
+        endings: dict[int, Any] = {}
+        try:
+            with self._evaluating():
+                while self.has_work:
+                    before = len(endings)
+                    endings.update((e.request_id, e.finish_reason) for e in self.step() if e.finish_reason)
+                    if on_progress and len(endings) > before:
+                        on_progress(len(endings), len(ids))
+        finally:
+            for request_id in ids:
+                if self.cancel(request_id):
+                    self._cancelled.clear()
+        return [
+            Completion(i, s.tokens[s.prompt_length :], s.logprobs, endings[i], s.cached_tokens)
+            for i, s in zip(ids, sequences, strict=True)
+        ]
+
+    # Inside ------------------------------------------------------------------------------------------
+
+    def _problems(self, prompt: Ordered[int]) -> list[str]:
+        """What makes a prompt impossible, as sentences with numbers."""
+        if not len(prompt):
+            return ["the prompt is empty; expected at least one token (the beginning-of-sentence token will do)."]
+        problems = []
+        length, positions = len(prompt), self.model.max_positions
+        if length >= positions:
+            problems.append(
+                f"the prompt has {length} tokens; the model has {positions} positions and needs one for its answer: "
+                f"expected at most {positions - 1} tokens."
+            )
+        if length >= self.cache_capacity:
+            problems.append(
+                f"the prompt has {length} tokens; the whole cache holds {self.cache_capacity}: expected at most "
+                f"{self.cache_capacity - 1} tokens, or a larger cache_tokens."
+            )
+        vocabulary = self.model.config.vocab_size
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+            problems.append(f"the prompt holds token {wrong}; the model knows 0 to {vocabulary - 1}.")
+        return problems
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode; as it was afterwards."""
+        training = self.model.training
+        if training:
+            self.model.train(False)
+        try:
+            yield
+        finally:
+            if training:
+                self.model.train(True)

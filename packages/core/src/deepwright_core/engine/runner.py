@@ -1,0 +1,240 @@
+"""Tensors: turns a plan of sequences into calls of the model, and its logits into tokens.
+
+The runner keeps, on the model's device, one row for each decoding sequence (last token, length, block table, sampling
+parameters), so that a decode step builds nothing: it slices the rows, and afterwards writes the drawn tokens into them.
+The host hears of a step once, when tokens and log-probabilities come over together.
+Left out: CUDA graphs, several devices.
+
+Shapes: R rows (`max_batch` of them), B sequences of one call, Q new tokens of each, P blocks, N slots, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model.cache import CacheBatch
+from .sampler import SamplingRows, sample
+from .scheduler import Chunk, Plan
+from .sequence import Sequence
+
+FREE_PADDING = 256
+PADDING_SHARE = 0.25
+"""A prefill call may hold FREE_PADDING padded tokens (about what the overhead of one more call costs on a CPU) plus
+this share of its real ones; what would pad more goes into a call of its own."""
+
+
+class GenerationModel(Protocol):
+    """What the engine asks of a model (an `nn.Module` with a config that knows its `vocab_size`)."""
+
+    config: Any
+    training: bool
+
+    @property
+    def cache_widths(self) -> list[int]:
+        """Values cached per token, layer by layer."""
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence, in tokens."""
+
+    def extend(self, tokens_BQ: Tensor, cache: list[Tensor], batch: CacheBatch) -> Tensor:
+        """Write the new tokens into the cache and return their hidden states [B, Q, D]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits of hidden states."""
+
+    def parameters(self) -> Any:
+        """The weights; the first tells device and dtype of the cache."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation."""
+
+
+def signed_seed(seed: int) -> int:
+    """Any integer as the int64 with its low 64 bits."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def grouped(chunks: Ordered[Chunk]) -> list[list[Chunk]]:
+    """Chunks that share a call: of one level, and of lengths near enough that padding stays small."""
+    groups: list[list[Chunk]] = []
+    level = longest = real = padded = 0
+    for chunk in sorted(chunks, key=lambda c: (c.level, c.start - c.end)):
+        length = chunk.end - chunk.start
+        waste = padded + longest - length
+        if groups and chunk.level == level and waste <= FREE_PADDING + PADDING_SHARE * (real + length):
+            groups[-1].append(chunk)
+            real, padded = real + length, waste
+        else:
+            groups.append([chunk])
+            level, longest, real, padded = chunk.level, length, length, 0
+    return groups
+
+
+class ModelRunner:
+    """The model, its cache, and the rows of the decoding sequences."""
+
+    def __init__(self, model: GenerationModel, *, blocks: int, block_size: int, max_batch: int, row_blocks: int) -> None:
+        weight = next(iter(model.parameters()))
+        self.model = model
+        self.device = weight.device
+        self.block_size = block_size
+        slots = (blocks + 1) * block_size  # block 0 is the padding's
+        self.cache = [torch.zeros(slots, width, dtype=weight.dtype, device=self.device) for width in model.cache_widths]
+
+        def column(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)
+
+        self._token_R = column(torch.int64)
+        self._length_R = column(torch.int64)
+        self._blocks_RP = column(torch.int64, row_blocks)
+        self._sampling_R = SamplingRows(
+            temperature_B=column(torch.float32),
+            top_p_B=column(torch.float32),
+            min_p_B=column(torch.float32),
+            top_k_B=column(torch.int64),
+            seed_B=column(torch.int64),
+        )
+        self._rows: list[Sequence] = []
+        self._any_random = self._any_truncated = False
+
+    def run(self, plan: Plan) -> tuple[list[int], list[float]]:
+        """Do the step; returns token and log-probability for each of `plan.rows`."""
+        self._align(plan)
+        hidden = [self._decode(plan.decode)] if plan.decode else []
+        hidden += self._prefill(plan)
+        if not hidden:
+            return [], []
+        self._join(plan)
+        return self._draw(torch.cat(hidden) if len(hidden) > 1 else hidden[0], len(plan.rows))
+
+    # Decode ------------------------------------------------------------------------------------------
+
+    def _decode(self, sequences: list[Sequence]) -> Tensor:
+        """Hidden states [B, D] of the last token of each row."""
+        count = len(sequences)
+        width = max(len(sequence.blocks) for sequence in sequences)
+        length_B, blocks_BP = self._length_R[:count], self._blocks_RP[:count, :width]
+        position_B1 = (length_B - 1)[:, None]
+        block_B1 = blocks_BP.gather(1, position_B1 // self.block_size)
+        slot_B1 = block_B1 * self.block_size + position_B1 % self.block_size
+        batch = CacheBatch(position_B1, slot_B1, blocks_BP, length_B, self.block_size)
+        return self.model.extend(self._token_R[:count, None], self.cache, batch)[:, 0]
+
+    def _draw(self, hidden_BD: Tensor, count: int) -> tuple[list[int], list[float]]:
+        """Draw the next token of the first `count` rows, write it there, and bring it to the host."""
+        length_B = self._length_R[:count]
+        token_B, logprob_B = sample(
+            self.model.logits(hidden_BD),
+            self._sampling_R.first(count),
+            length_B,
+            any_random=self._any_random,
+            any_truncated=self._any_truncated,
+        )
+        self._token_R[:count] = token_B
+        length_B += 1
+        # Both in one copy: the bits of the float64 travel as int64.
+        host_2B = torch.stack((token_B, logprob_B.view(torch.int64))).cpu().numpy()
+        return host_2B[0].tolist(), host_2B[1].view(np.float64).tolist()
+
+    # Prefill -----------------------------------------------------------------------------------------
+
+    def _prefill(self, plan: Plan) -> list[Tensor]:
+        """Compute all chunks; hidden states [B, D] of the last token of each of `plan.joined`, if there are any."""
+        complete = {sequence.request_id: index for index, sequence in enumerate(plan.joined)}
+        order: list[int] = []
+        last = []
+        for group in grouped(plan.chunks):
+            hidden_BQD = self._extend(group)
+            rows = [i for i, chunk in enumerate(group) if chunk.end == len(chunk.sequence)]
+            if rows:
+                order += [complete[group[i].sequence.request_id] for i in rows]
+                ends = [group[i].end - group[i].start - 1 for i in rows]
+                last.append(hidden_BQD[self._tensor(rows), self._tensor(ends)])
+        return [torch.cat(last)[self._tensor(np.argsort(order))]] if last else []
+
+    def _extend(self, group: list[Chunk]) -> Tensor:
+        """One call of the model over chunks, padded on the right."""
+        size = self.block_size
+        start_B = np.array([chunk.start for chunk in group])
+        count_B = np.array([chunk.end - chunk.start for chunk in group])
+        tokens_BQ = np.zeros((len(group), count_B.max()), dtype=np.int64)
+        blocks_BP = np.zeros((len(group), -(-int((start_B + count_B).max()) // size)), dtype=np.int64)
+        for row, chunk in enumerate(group):
+            tokens_BQ[row, : chunk.end - chunk.start] = chunk.sequence.tokens[chunk.start : chunk.end]
+            used = chunk.sequence.blocks[: -(-chunk.end // size)]
+            blocks_BP[row, : len(used)] = used
+        offset_Q = np.arange(tokens_BQ.shape[1])
+        real_BQ = offset_Q < count_B[:, None]
+        positions_BQ = np.where(real_BQ, start_B[:, None] + offset_Q, 0)
+        owned_BQ = np.take_along_axis(blocks_BP, positions_BQ // size, axis=1) * size + positions_BQ % size
+        slots_BQ = np.where(real_BQ, owned_BQ, offset_Q % size)
+        batch = CacheBatch(
+            self._tensor(positions_BQ),
+            self._tensor(slots_BQ),
+            self._tensor(blocks_BP),
+            self._tensor(start_B + count_B),
+            size,
+        )
+        return self.model.extend(self._tensor(tokens_BQ), self.cache, batch)
+
+    # Rows --------------------------------------------------------------------------------------------
+
+    def _align(self, plan: Plan) -> None:
+        """Bring the rows into the plan's order: sequences that left make holes, the others move up; then new blocks."""
+        moved = [(row, s.row) for row, s in enumerate(plan.decode) if s.row != row]
+        if moved:
+            to, of = self._tensor(np.array(moved).T)
+            for column in self._columns():
+                column[to] = column[of]
+            for row, _ in moved:
+                plan.decode[row].row = row
+        if plan.grown:
+            rows = self._tensor([s.row for s in plan.grown])
+            places = self._tensor([len(s.blocks) - 1 for s in plan.grown])
+            self._blocks_RP[rows, places] = self._tensor([s.blocks[-1] for s in plan.grown])
+
+    def _join(self, plan: Plan) -> None:
+        """Fill rows for the sequences whose prefill is complete, behind those that decode."""
+        if not plan.joined:
+            return
+        # Sequences that leave may make these needlessly true until the next one joins; that changes no result.
+        self._any_random = any(not s.params.greedy for s in plan.rows)
+        self._any_truncated = any(s.params.truncated for s in plan.rows)
+        first, joined = len(plan.decode), plan.joined
+        span = slice(first, first + len(joined))
+        blocks_BP = np.zeros((len(joined), self._blocks_RP.shape[1]), dtype=np.int64)
+        for offset, sequence in enumerate(joined):
+            sequence.row = first + offset
+            blocks_BP[offset, : len(sequence.blocks)] = sequence.blocks
+        params = [sequence.params for sequence in joined]
+        self._blocks_RP[span] = self._tensor(blocks_BP)
+        self._length_R[span] = self._tensor([len(sequence) for sequence in joined])
+        sampling = self._sampling_R
+        sampling.temperature_B[span] = torch.tensor([p.temperature for p in params], device=self.device)
+        sampling.top_p_B[span] = torch.tensor([p.top_p for p in params], device=self.device)
+        sampling.min_p_B[span] = torch.tensor([p.min_p for p in params], device=self.device)
+        sampling.top_k_B[span] = self._tensor([min(p.top_k, 1 << 31) for p in params])
+        sampling.seed_B[span] = self._tensor([signed_seed(p.seed) for p in params])
+
+    def _columns(self) -> list[Tensor]:
+        sampling = self._sampling_R
+        return [
+            self._token_R,
+            self._length_R,
+            self._blocks_RP,
+            sampling.temperature_B,
+            sampling.top_p_B,
+            sampling.min_p_B,
+            sampling.top_k_B,
+            sampling.seed_B,
+        ]
+
+    def _tensor(self, values: Any) -> Tensor:
+        """int64 on the model's device."""
+        return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(self.device, non_blocking=True)

@@ -1,0 +1,231 @@
+"""Who runs next.
+
+One step does two things: every decoding sequence gets one token, and up to `max_prefill_tokens` tokens of the waiting
+ones are prefilled, in order of arrival; a longer prompt is split over steps. A sequence takes the blocks of its whole
+prompt when it is admitted, and one more whenever it fills the last. When there is none, the sequence admitted last is
+preempted: it loses its blocks, goes back to the head of the queue, and is prefilled again, generated tokens included.
+Left out: priorities and fairness between tenants (the server queues in front), swapping blocks to the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from .block_manager import BlockManager, block_digest, root_digest
+from .sequence import FinishReason, Sequence, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens start..end of a sequence, to be prefilled.
+
+    level: 0 when all that it attends to was computed in earlier steps; otherwise one more than the highest level of
+    this step's chunks that write blocks it shares. So sixteen samples of one prompt prefill it once, in one step.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    level: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """The work of one step. Tokens are drawn for `decode + joined`, in that order.
+
+    decode: sequences that get one more token. grown: those of them that own a new block.
+    chunks: what to prefill. joined: sequences whose prefill is complete with their chunk. rows: decode and joined.
+    """
+
+    decode: list[Sequence]
+    grown: list[Sequence]
+    chunks: list[Chunk] = field(default_factory=list)
+    joined: list[Sequence] = field(default_factory=list)
+    rows: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """The queue, the running sequences, and the decisions about them."""
+
+    def __init__(self, manager: BlockManager, *, block_size: int, max_batch: int, max_prefill_tokens: int) -> None:
+        self.manager = manager
+        self.block_size = block_size
+        self.max_batch = max_batch
+        self.max_prefill_tokens = max_prefill_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.admitted: dict[int, Sequence] = {}  # by request id, in order of admission
+        self.decoding: list[Sequence] = []
+        self.weights_version = 0
+        self.preemptions = 0
+        self.cached_prompt_tokens = 0
+        self.prompt_tokens = 0
+
+    # A step ------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """Decide the next step. Its blocks are taken and its sequences advanced as if it had been done."""
+        preemptions = self.preemptions
+        grown = self._grow()
+        plan = Plan(decode=self.decoding, grown=grown)
+        budget = self.max_prefill_tokens
+        fresh: dict[int, int] = {}  # block that this step fills -> level of the chunk that fills it
+        if len(self.admitted) > len(self.decoding):
+            for sequence in self.admitted.values():
+                if budget and not sequence.decoding:
+                    budget -= self._prefill(sequence, budget, 0, plan, fresh)
+        # Who admits right after it had to preempt would preempt again at the next step.
+        if self.preemptions == preemptions:
+            while budget and self.waiting and len(self.admitted) < self.max_batch:
+                sequence = self.waiting[0]
+                if not self._admit(sequence):
+                    break
+                self.waiting.popleft()
+                level = 1 + max((fresh.get(block, -1) for block in sequence.blocks), default=-1)
+                budget -= self._prefill(sequence, budget, level, plan, fresh)
+        plan.rows = plan.decode + plan.joined
+        return plan
+
+    def commit(self, plan: Plan, tokens: list[int], logprobs: list[float]) -> list[TokenEvent]:
+        """Append the tokens drawn for `plan.rows`, and let go of the sequences that they finish."""
+        events = []
+        rows = plan.rows
+        ended = False
+        for sequence, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            reason: FinishReason | None = None
+            if token in sequence.stop_ids:
+                reason = "stop"
+            elif len(sequence.tokens) >= sequence.limit:
+                reason = "length"
+            events.append(TokenEvent(sequence.request_id, token, logprob, reason, sequence.cached_tokens))
+            if reason:
+                ended = True
+                self._let_go(sequence)
+        for sequence in plan.joined:
+            sequence.decoding = sequence.request_id in self.admitted
+        self.decoding = [sequence for sequence in rows if sequence.decoding] if ended else rows
+        return events
+
+    def abandon_step(self) -> None:
+        """After a step that failed half-way: nobody knows which blocks were written, so all is computed anew."""
+        for sequence in reversed(self.admitted.values()):
+            self._requeue(sequence)
+        self.admitted.clear()
+        self.decoding = []
+        self.manager.forget()
+
+    # From outside ------------------------------------------------------------------------------------
+
+    def cancel(self, request_id: int) -> Sequence | None:
+        """Forget a request at once; returns its sequence, or None when it is not (or no longer) here."""
+        sequence = self.admitted.get(request_id)
+        if sequence is not None:
+            self._let_go(sequence)
+            if sequence in self.decoding:
+                self.decoding.remove(sequence)
+            return sequence
+        for sequence in self.waiting:
+            if sequence.request_id == request_id:
+                self.waiting.remove(sequence)
+                return sequence
+        return None
+
+    def new_weights(self) -> None:
+        """What is cached was computed with other weights: forget it, and compute running sequences anew."""
+        self.weights_version += 1
+        self.abandon_step()
+        for sequence in self.waiting:
+            sequence.digests.clear()
+
+    # Blocks ------------------------------------------------------------------------------------------
+
+    def _grow(self) -> list[Sequence]:
+        """Give a block to each decoding sequence whose last is full, preempting the latest admitted if it must."""
+        size = self.block_size
+        growing = [s for s in self.decoding if len(s.tokens) > len(s.blocks) * size]
+        while growing and self.manager.available < len(growing):
+            victim = next(reversed(self.admitted.values()))
+            self._preempt(victim)
+            if victim in growing:
+                growing.remove(victim)
+        for sequence, block in zip(growing, self.manager.allocate(len(growing)), strict=True):
+            self._publish(sequence, len(sequence.tokens) - 1)
+            sequence.blocks.append(block)
+        return growing
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Take blocks for all tokens of a waiting sequence, sharing what the cache knows. False: not enough room."""
+        size = self.block_size
+        # At least one token is always computed: its hidden state is what the first draw needs.
+        matchable = (len(sequence) - 1) // size
+        self._extend_digests(sequence, matchable)
+        shared = self.manager.match(sequence.digests[:matchable])
+        needed = math.ceil(len(sequence) / size) - len(shared)
+        # One block for each running sequence stays free, so that they do not preempt the newcomer at once.
+        if needed + len(self.admitted) > self.manager.available - self.manager.idle_among(shared):
+            return False
+        self.manager.share(shared)
+        sequence.blocks = shared + self.manager.allocate(needed)
+        sequence.computed = len(shared) * size
+        sequence.published = len(shared)
+        if not sequence.admitted_before:
+            sequence.admitted_before = True
+            sequence.cached_tokens = sequence.computed
+            self.cached_prompt_tokens += sequence.computed
+            self.prompt_tokens += sequence.prompt_length
+        self.admitted[sequence.request_id] = sequence
+        return True
+
+    def _prefill(self, sequence: Sequence, budget: int, level: int, plan: Plan, fresh: dict[int, int]) -> int:
+        """Plan the next chunk of an admitted sequence; returns its length."""
+        start = sequence.computed
+        end = min(len(sequence), start + budget)
+        plan.chunks.append(Chunk(sequence, start, end, level))
+        sequence.computed = end
+        if end == len(sequence):
+            plan.joined.append(sequence)
+        for block in self._publish(sequence, end):
+            fresh[block] = level
+        return end - start
+
+    def _extend_digests(self, sequence: Sequence, blocks: int) -> None:
+        size, digests = self.block_size, sequence.digests
+        for index in range(len(digests), blocks):
+            previous = digests[-1] if digests else root_digest(self.weights_version, sequence.salt)
+            digests.append(block_digest(previous, sequence.tokens[index * size : (index + 1) * size]))
+
+    def _publish(self, sequence: Sequence, computed: int) -> list[int]:
+        """Offer the blocks that the first `computed` tokens fill to other sequences; returns the new ones."""
+        full = computed // self.block_size
+        self._extend_digests(sequence, full)
+        new = sequence.blocks[sequence.published : full]
+        for block, digest in zip(new, sequence.digests[sequence.published : full], strict=True):
+            self.manager.publish(block, digest)
+        sequence.published = max(sequence.published, full)
+        return new
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Release a sequence that ends (or pauses) in good order: what it computed stays known."""
+        del self.admitted[sequence.request_id]
+        self._publish(sequence, len(sequence) - 1 if sequence.decoding else min(sequence.computed, len(sequence) - 1))
+        self.manager.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.decoding = False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        if sequence.decoding:
+            self.decoding.remove(sequence)
+        self._let_go(sequence)
+        sequence.computed = sequence.published = 0
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _requeue(self, sequence: Sequence) -> None:
+        self.manager.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.decoding = False
+        sequence.computed = sequence.published = 0
+        self.waiting.appendleft(sequence)
