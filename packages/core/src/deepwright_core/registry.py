@@ -27,6 +27,17 @@ class ComponentConfig(BaseModel):
 
 
 @dataclass(frozen=True)
+class ComponentOf:
+    """Marks a config field that holds another component: `router: Annotated[dict[str, Any], ComponentOf("router")]`.
+
+    Validation then goes into it; with `many`, the field maps labels to components.
+    """
+
+    kind: str
+    many: bool = False
+
+
+@dataclass(frozen=True)
 class Kind:
     """A kind of component. `group` is the Hydra group in which its options appear (None: not configurable)."""
 
@@ -134,6 +145,8 @@ class Registry:
         Raises `RequestError` with one sentence a problem, each beginning with `where` (default: the kind).
         """
         where = where or kind
+        if not isinstance(data, BaseModel | Mapping):
+            raise RequestError(f"{where} is {data!r}; expected a mapping with a name, one of: {', '.join(self.names(kind))}.")
         values = data.model_dump() if isinstance(data, BaseModel) else dict(data)
         name = values.get("name")
         if not isinstance(name, str):
@@ -142,7 +155,7 @@ class Registry:
             component = self.get(kind, name)
         except RequestError as error:
             raise RequestError([f"{where}.name: {problem}" for problem in error.problems]) from None
-        return parse(component.config, values, where)
+        return parse(component.config, values, where, self)
 
     def build(self, kind: str, data: Mapping[str, Any] | BaseModel, *args: Any, **kwargs: Any) -> Any:
         """Validate `data` and build the component it names."""
@@ -150,12 +163,34 @@ class Registry:
         return self.get(kind, config.name).build(config, *args, **kwargs)
 
 
-def parse(model: type[BaseModel], values: Mapping[str, Any], where: str) -> Any:
-    """Validate `values` against a pydantic model, turning every error into a sentence that starts with its path."""
+def parse(model: type[BaseModel], values: Mapping[str, Any], where: str, registry: Registry) -> Any:
+    """Validate `values` against a pydantic model and the components inside it against theirs.
+
+    Raises `RequestError` with every problem found, one sentence each, starting with its path. What validation filled
+    in (defaults) is kept, also inside components: a saved config says every value that was used.
+    """
+    problems: list[str] = []
+    values = dict(values)
+    for key, field in model.model_fields.items():
+        for mark in field.metadata:
+            part = values.get(key, field.get_default(call_default_factory=True))
+            if isinstance(mark, ComponentOf) and isinstance(part, Mapping):
+                parts = {f"{where}.{key}.{label}": p for label, p in part.items()} if mark.many else {f"{where}.{key}": part}
+                parsed = {}
+                for path, each in parts.items():
+                    try:
+                        parsed[path] = registry.parse(mark.kind, each, path).model_dump()
+                    except RequestError as error:
+                        problems += error.problems
+                if len(parsed) == len(parts):
+                    values[key] = dict(zip(part, parsed.values(), strict=True)) if mark.many else parsed[f"{where}.{key}"]
     try:
-        return model.model_validate(values)
+        config = model.model_validate(values)
     except ValidationError as error:
-        raise RequestError(sentences(error, model, where)) from None
+        problems += sentences(error, model, where)
+    if problems:
+        raise RequestError(problems)
+    return config
 
 
 def sentences(error: ValidationError, model: type[BaseModel], where: str) -> list[str]:
@@ -174,7 +209,7 @@ def sentences(error: ValidationError, model: type[BaseModel], where: str) -> lis
             problems.append(f"{path} is missing; give it a value.")
         elif item["type"] == "value_error":
             # Raised by our own validators: already a sentence about the fields it names.
-            problems.append(f"{path}: {str(item['ctx']['error'])}" if item["loc"] else str(item["ctx"]["error"]))
+            problems.append(f"{path}: {item['ctx']['error']}.")
         else:
             message = item["msg"][0].lower() + item["msg"][1:]
             problems.append(f"{path} is {item['input']!r}; {message}.")

@@ -1,0 +1,124 @@
+"""Grouped-query attention (Ainslie et al. 2023), and what every attention variant offers the model.
+
+Plain multi-head attention is the case `kv_heads = heads`. No dropout, no biases, no sliding window: those are plugins.
+
+Shapes: B sequences, S tokens, Q new tokens, D hidden, H heads, G key/value heads, K head width, F = K / 2 rope pairs,
+N cache slots, W = 2·G·K values cached per token, L longest context of the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from deepwright_kernels import rotary
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ..registry import ComponentConfig
+from .cache import CacheBatch
+from .config import ModelConfig
+from .rope import softmax_scale
+
+Rope = tuple[Tensor, Tensor]
+
+
+class Attention(Protocol):
+    """What the model asks of an attention variant.
+
+    rope_dim: width of the rotated part of queries and keys.
+    cache_width: values kept per token for decoding.
+    forward: training form. mask_BSS is True where a query (row) may see a key; None means plain causal.
+    extend: writes the new tokens into the layer's cache and attends to everything cached so far.
+    """
+
+    rope_dim: int
+    cache_width: int
+
+    def forward(self, x_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None) -> Tensor: ...
+
+    def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor: ...
+
+
+class GQAConfig(ComponentConfig):
+    """Grouped-query attention; `kv_heads` heads of keys and values serve `heads` query heads."""
+
+    name: str = "gqa"
+    heads: int = Field(4, ge=1)
+    kv_heads: int = Field(2, ge=1)
+    head_dim: int = Field(32, ge=2, multiple_of=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> GQAConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads is {self.heads}; expected a multiple of kv_heads, which is {self.kv_heads}")
+        return self
+
+
+def attend(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, mask_BSS: Tensor | None, scale: float) -> Tensor:
+    """softmax(q kᵀ · scale) v in the layout [B, S, heads, width]; causal when there is no mask. Returns [B, S, H, V]."""
+    q, k, v = (t.transpose(1, 2) for t in (q_BSHK, k_BSGK, v_BSGV))
+    mask = None if mask_BSS is None else mask_BSS[:, None]
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+def gather_context(cache_NW: Tensor, batch: CacheBatch) -> tuple[Tensor, Tensor]:
+    """Each sequence's cached values in order, [B, L, W], and the mask [B, Q, L] of what each new token may see.
+
+    Slots beyond a sequence's length may hold anything (even NaN, from a freed block): they are zeroed, because a
+    softmax weight of zero times NaN would still be NaN.
+    """
+    offsets = torch.arange(batch.block_size, device=cache_NW.device)
+    slots_BL = (batch.blocks_BP[:, :, None] * batch.block_size + offsets).flatten(1)
+    keys_L = torch.arange(slots_BL.shape[1], device=cache_NW.device)
+    valid_BL = keys_L < batch.lengths_B[:, None]
+    context_BLW = cache_NW[slots_BL].masked_fill(~valid_BL[..., None], 0)
+    mask_BQL = keys_L <= batch.positions_BQ[..., None]
+    return context_BLW, mask_BQL & valid_BL[:, None]
+
+
+def write_cache(cache_NW: Tensor, values_BQW: Tensor, batch: CacheBatch) -> None:
+    """Store the new tokens' values in their slots."""
+    cache_NW.index_copy_(0, batch.slots_BQ.flatten(), values_BQW.flatten(0, 1).to(cache_NW.dtype))
+
+
+class GroupedQueryAttention(nn.Module):
+    """GQA with interleaved RoPE on the whole head."""
+
+    def __init__(self, config: GQAConfig, model: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.rope_dim = config.head_dim
+        self.cache_width = 2 * config.kv_heads * config.head_dim
+        self.scale = softmax_scale(config.head_dim, model.rope)
+        self.q = nn.Linear(model.hidden_size, config.heads * config.head_dim, bias=False)
+        self.k = nn.Linear(model.hidden_size, config.kv_heads * config.head_dim, bias=False)
+        self.v = nn.Linear(model.hidden_size, config.kv_heads * config.head_dim, bias=False)
+        self.o = nn.Linear(config.heads * config.head_dim, model.hidden_size, bias=False)
+
+    def _project(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        cos, sin = (t[..., None, :] for t in rope)
+        q_BSHK = self.q(x_BSD).unflatten(-1, (self.heads, self.head_dim))
+        k_BSGK = self.k(x_BSD).unflatten(-1, (self.kv_heads, self.head_dim))
+        v_BSGK = self.v(x_BSD).unflatten(-1, (self.kv_heads, self.head_dim))
+        return rotary(q_BSHK, cos, sin), rotary(k_BSGK, cos, sin), v_BSGK
+
+    def forward(self, x_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None) -> Tensor:
+        q_BSHK, k_BSGK, v_BSGK = self._project(x_BSD, rope)
+        return self.o(attend(q_BSHK, k_BSGK, v_BSGK, mask_BSS, self.scale).flatten(2))
+
+    def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
+        q_BQHK, k_BQGK, v_BQGK = self._project(x_BQD, rope)
+        write_cache(cache_NW, torch.cat([k_BQGK.flatten(2), v_BQGK.flatten(2)], -1), batch)
+        context_BLW, mask_BQL = gather_context(cache_NW, batch)
+        k_BLGK, v_BLGK = context_BLW.to(q_BQHK.dtype).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)
+        return self.o(attend(q_BQHK, k_BLGK, v_BLGK, mask_BQL, self.scale).flatten(2))
+
+
+def build_gqa(config: GQAConfig, model: ModelConfig, layer: int) -> GroupedQueryAttention:
+    """Grouped-query attention with rotary positions."""
+    return GroupedQueryAttention(config, model)

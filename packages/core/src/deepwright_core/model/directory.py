@@ -1,0 +1,91 @@
+"""A model directory: `config.json`, `model.safetensors`, and the tokenizer's files beside them.
+
+Written so that a reader sees a whole directory or none; read without executing anything.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..errors import RequestError
+from ..registry import Registry, parse
+from ..stage import write_atomically
+from .config import ModelConfig
+from .transformer import Transformer, build_model
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, each storage once (a tied head is not written twice)."""
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        kept[name] = tensor.detach().cpu().contiguous()
+    return kept
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a model; every tensor on both sides must be matched exactly once.
+
+    Raises `RequestError` listing what is missing, unexpected or of another shape; the model is then unchanged.
+    """
+    stored = load_file(path)
+    wanted = weights(model)
+    problems = [f"{path}: '{name}' is missing." for name in sorted(wanted.keys() - stored.keys())]
+    problems += [f"{path}: '{name}' belongs to no parameter of the model." for name in sorted(stored.keys() - wanted.keys())]
+    problems += [
+        f"{path}: '{name}' has shape {list(stored[name].shape)}; the model wants {list(wanted[name].shape)}."
+        for name in sorted(wanted.keys() & stored.keys())
+        if stored[name].shape != wanted[name].shape
+    ]
+    if problems:
+        raise RequestError(problems)
+    model.load_state_dict(stored, strict=False)  # not strict: a tied head stands once in the file
+
+
+def save_model(model: Transformer, directory: Path) -> None:
+    """Write config and weights of a model into a directory (created if need be)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{WEIGHTS_FILE}.tmp"
+    save_file(weights(model), temporary, metadata={"format": "pt"})
+    temporary.replace(directory / WEIGHTS_FILE)
+    document = {"model_type": "deepwright", **model.config.model_dump()}
+    write_atomically(directory / CONFIG_FILE, json.dumps(document, indent=2) + "\n")
+
+
+def read_config(directory: Path, registry: Registry) -> ModelConfig:
+    """The validated config of a model directory; `RequestError` when it is not one."""
+    path = directory / CONFIG_FILE
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RequestError(f"{directory} is not a model directory: it has no {CONFIG_FILE}.") from None
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path} is not valid JSON: {error}.") from None
+    model_type = document.pop("model_type", None)
+    if model_type != "deepwright":
+        raise RequestError(f"{path}: model_type is {model_type!r}; expected 'deepwright'.")
+    return parse(ModelConfig, document, str(path), registry)  # type: ignore[no-any-return]
+
+
+def load_model(
+    directory: Path, registry: Registry, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """Load a model directory, in evaluation mode. `dtype` casts the parameters (buffers stay float32)."""
+    config = read_config(directory, registry)
+    model = build_model(registry, config)
+    load_weights(model, directory / WEIGHTS_FILE)
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model.to(device).eval()

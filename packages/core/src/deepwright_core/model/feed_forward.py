@@ -1,0 +1,47 @@
+"""The dense SwiGLU feed-forward (Shazeer 2020), and what every feed-forward variant offers the model.
+
+Shapes: B sequences, S tokens, D hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..registry import ComponentConfig
+from .config import ModelConfig
+from .record import ForwardRecord
+
+
+class FeedForward(Protocol):
+    """What the model asks of a feed-forward variant. `record` collects losses and loads while training."""
+
+    def forward(self, x_BSD: Tensor, record: ForwardRecord | None) -> Tensor: ...
+
+
+class DenseConfig(ComponentConfig):
+    """Dense SwiGLU; `intermediate_size: 0` takes the model's."""
+
+    name: str = "dense"
+    intermediate_size: int = Field(0, ge=0)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) · (up x)), without biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_BSD: Tensor, record: ForwardRecord | None = None) -> Tensor:
+        return self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
+
+
+def build_dense(config: DenseConfig, model: ModelConfig, layer: int) -> SwiGLU:
+    """Dense SwiGLU feed-forward."""
+    return SwiGLU(model.hidden_size, config.intermediate_size or model.intermediate_size)

@@ -1,0 +1,70 @@
+"""Rotary position embedding with YaRN, in interleaved pairs as DeepSeek checkpoints store them.
+
+The rotation itself is the operator `rotary` of deepwright_kernels; here are the angles. Equations: Su et al. 2021
+(RoPE); Peng et al. 2023 (YaRN: "NTK by parts" and the attention temperature).
+
+Shapes: M positions of the table, R rotated width, F = R / 2 pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import RopeConfig, YarnConfig
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 · mscale · ln(factor) + 1: how much YaRN sharpens attention when the context grows by `factor`."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def softmax_scale(head_dim: int, rope: RopeConfig) -> float:
+    """head_dim^-0.5, times YaRN's mscale² (1.874 for V3: factor 40)."""
+    scale = head_dim**-0.5
+    if rope.yarn is not None:
+        scale *= yarn_mscale(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
+    return scale
+
+
+def _pair_turning(rotations: float, dim: int, theta: float, original_positions: int) -> float:
+    """The (fractional) pair index that makes `rotations` full turns over the original context."""
+    return dim * math.log(original_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+
+def _yarn_frequencies(frequencies_F: Tensor, dim: int, theta: float, yarn: YarnConfig) -> Tensor:
+    """Pairs that turn often keep their frequency, pairs that turn rarely are slowed by `factor`, a ramp between."""
+    low = max(math.floor(_pair_turning(yarn.beta_fast, dim, theta, yarn.original_positions)), 0)
+    high = min(math.ceil(_pair_turning(yarn.beta_slow, dim, theta, yarn.original_positions)), dim - 1)
+    ramp_F = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies_F / yarn.factor * ramp_F + frequencies_F * (1 - ramp_F)
+
+
+class Rotary(nn.Module):
+    """Tables of cos and sin for every position, float32, not saved with the weights."""
+
+    cos_MF: Tensor
+    sin_MF: Tensor
+
+    def __init__(self, dim: int, config: RopeConfig, max_positions: int) -> None:
+        super().__init__()
+        self.dim, self.config, self.max_positions = dim, config, max_positions
+        cos_MF, sin_MF = self._tables()
+        self.register_buffer("cos_MF", cos_MF, persistent=False)
+        self.register_buffer("sin_MF", sin_MF, persistent=False)
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        frequencies_F = self.config.theta ** -(torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)
+        attention_factor = 1.0
+        yarn = self.config.yarn
+        if yarn is not None:
+            frequencies_F = _yarn_frequencies(frequencies_F, self.dim, self.config.theta, yarn)
+            attention_factor = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+        angles_MF = torch.arange(self.max_positions, dtype=torch.float32)[:, None] * frequencies_F
+        return angles_MF.cos() * attention_factor, angles_MF.sin() * attention_factor
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [..., F] for integer positions [...]."""
+        return self.cos_MF[positions], self.sin_MF[positions]

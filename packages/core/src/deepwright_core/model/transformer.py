@@ -1,0 +1,169 @@
+"""The model: embedding, blocks of attention and feed-forward on a residual stream, norm, head, MTP modules.
+
+Which attention and which feed-forward is a matter of names in the config; this file never asks. Losses, parallelism
+and generation live elsewhere.
+
+Shapes: B sequences, S tokens, Q new tokens, D hidden, V vocabulary, N cache slots, W cache width.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import Registry
+from .attention import Attention, Rope
+from .cache import CacheBatch
+from .config import ModelConfig
+from .feed_forward import FeedForward, SwiGLU
+from .norm import RMSNorm
+from .record import ForwardRecord
+from .rope import Rotary
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)). `layer` is its place, under which it reports to the record."""
+
+    def __init__(self, registry: Registry, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention: nn.Module = registry.build("attention", config.attention, config, layer)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn: nn.Module = (
+            SwiGLU(config.hidden_size, config.intermediate_size)
+            if layer < config.first_dense_layers
+            else registry.build("ffn", config.ffn, config, layer)
+        )
+
+    def forward(self, x_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None, record: ForwardRecord | None) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, mask_BSS)
+        return x_BSD + self.ffn(self.ffn_norm(x_BSD), record)
+
+    def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
+        attention = cast(Attention, self.attention)
+        x_BQD = x_BQD + attention.extend(self.attention_norm(x_BQD), rope, cache_NW, batch)
+        return x_BQD + cast(FeedForward, self.ffn).forward(self.ffn_norm(x_BQD), None)
+
+
+class MultiTokenPrediction(nn.Module):
+    """One MTP module (DeepSeek-V3 report, eq. 21-23): predicts one token further from the previous depth's hidden.
+
+    The concatenation is [embedding ; hidden], as in the published checkpoint (the report prints the other order).
+    """
+
+    def __init__(self, registry: Registry, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.embedding_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.projection = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.block = Block(registry, config, layer)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self, embedded_BSD: Tensor, hidden_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None, record: ForwardRecord | None
+    ) -> Tensor:
+        joined = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], -1)
+        return self.norm(self.block(self.projection(joined), rope, mask_BSS, record))
+
+
+def packed_mask(segments_BS: Tensor) -> Tensor:
+    """True where a query may see a key: not later, and of the same document. [B, S] -> [B, S, S]."""
+    size = segments_BS.shape[1]
+    causal_SS = torch.ones(size, size, dtype=torch.bool, device=segments_BS.device).tril()
+    return causal_SS & (segments_BS[:, :, None] == segments_BS[:, None, :])
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model."""
+
+    def __init__(self, registry: Registry, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(registry, config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+        self.mtp = nn.ModuleList(
+            MultiTokenPrediction(registry, config, config.layers + depth) for depth in range(config.mtp.depth)
+        )
+        first = cast(Attention, cast(Block, self.layers[0]).attention)
+        self.rotary = Rotary(first.rope_dim, config.rope, config.max_positions)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the model has positions for, in tokens."""
+        return self.config.max_positions
+
+    @property
+    def cache_widths(self) -> list[int]:
+        """Values cached per token, layer by layer."""
+        return [cast(Attention, cast(Block, block).attention).cache_width for block in self.layers]
+
+    def forward(
+        self, tokens_BS: Tensor, segments_BS: Tensor | None = None, record: ForwardRecord | None = None
+    ) -> Tensor:
+        """Training form: final (normed) hidden [B, S, D]. `segments_BS` numbers the documents packed in each row."""
+        mask_BSS = None if segments_BS is None else packed_mask(segments_BS)
+        rope = self.rotary(torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None])
+        x_BSD = self.embedding(tokens_BS)
+        for block in self.layers:
+            x_BSD = block(x_BSD, rope, mask_BSS, record)
+        return self.norm(x_BSD)
+
+    def predict_further(
+        self,
+        hidden_BSD: Tensor,
+        next_tokens_BS: Tensor,
+        depth: int,
+        segments_BS: Tensor | None = None,
+        record: ForwardRecord | None = None,
+    ) -> Tensor:
+        """Hidden of MTP module `depth`: from the previous depth's hidden at i and the embedding of the token at
+        i + 1 + depth, it predicts the token at i + 2 + depth. All of length S."""
+        mask_BSS = None if segments_BS is None else packed_mask(segments_BS)
+        rope = self.rotary(torch.arange(next_tokens_BS.shape[1], device=next_tokens_BS.device)[None])
+        return self.mtp[depth](self.embedding(next_tokens_BS), hidden_BSD, rope, mask_BSS, record)
+
+    def extend(self, tokens_BQ: Tensor, cache: list[Tensor], batch: CacheBatch) -> Tensor:
+        """Generation form: caches the new tokens and returns their final (normed) hidden [B, Q, D]."""
+        rope = self.rotary(batch.positions_BQ)
+        x_BQD = self.embedding(tokens_BQ)
+        for block, cache_NW in zip(self.layers, cache, strict=True):
+            x_BQD = cast(Block, block).extend(x_BQD, rope, cache_NW, batch)
+        return self.norm(x_BQD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Unnormalised log-probabilities over the vocabulary, float32, [..., D] -> [..., V]."""
+        return self.head(hidden).float()
+
+    def balance(self, loads: dict[int, Tensor]) -> None:
+        """After an optimizer step: let each mixture correct its router from the load of the whole global batch."""
+        for layer, load_E in loads.items():
+            depth = layer - self.config.layers
+            block = cast(Block, self.layers[layer]) if depth < 0 else self.mtp[depth].block
+            block.ffn.balance(load_E)  # type: ignore[operator, union-attr]
+
+
+def initialise(model: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
+    """Every matrix from N(0, std²), norms at one; buffers stay as they are."""
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, std, generator=generator)
+            elif not name.endswith("norm.weight"):
+                raise ValueError(f"parameter {name} is a vector that is no norm; say how it starts")
+
+
+def build_model(registry: Registry, config: ModelConfig, seed: int | None = None) -> Transformer:
+    """Build a model from its config; with `seed`, initialise its weights (the same on every machine with that torch).
+
+    Without a seed the weights are whatever the modules' constructors left: for loading over them, or on meta.
+    """
+    model = Transformer(registry, config)
+    if seed is not None:
+        initialise(model, config.init_std, torch.Generator().manual_seed(seed))
+    return model

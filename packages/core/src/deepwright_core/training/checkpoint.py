@@ -1,0 +1,125 @@
+"""Checkpoints that survive anything: written aside, checked by digest, the newest good one wins.
+
+A checkpoint is a folder `step-00000100` with `model.safetensors`, `optimizer.safetensors` (state tensors and the random
+generators) and `state.json` (step, what the stage wants to remember, and the SHA-256 of the other files). It appears
+under its name only when all of it lies on the disk. One that does not match its digests is passed over with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..model.directory import load_weights, weights
+
+PREFIX = "step-"
+CPU_RANDOM, CUDA_RANDOM = "random.cpu", "random.cuda"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors: `<parameter's place>.<state>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{key}": torch.as_tensor(value).cpu() for index, s in state.items() for key, value in s.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put named tensors back into an optimizer over the same parameters."""
+    document = optimizer.state_dict()
+    document["state"] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        document["state"].setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(document)
+
+
+class Checkpoints:
+    """The checkpoints of one stage, newest last; `keep` of them stay."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        self.directory, self.keep = directory, keep
+
+    def saved(self) -> list[Path]:
+        """Complete checkpoint folders, oldest first."""
+        return sorted(self.directory.glob(f"{PREFIX}*")) if self.directory.is_dir() else []
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, memory: Mapping[str, Any]
+    ) -> Path:
+        """Write a checkpoint after `step` steps. `memory` is JSON that the stage wants back."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        final = self.directory / f"{PREFIX}{step:08d}"
+        temporary = self.directory / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            save_file(weights(model), temporary / "model.safetensors")
+            tensors = optimizer_tensors(optimizer) | {CPU_RANDOM: torch.get_rng_state()}
+            if torch.cuda.is_available():
+                tensors[CUDA_RANDOM] = torch.cuda.get_rng_state()
+            save_file(tensors, temporary / "optimizer.safetensors")
+            files = sorted(temporary.iterdir())
+            document = {"step": step, "memory": dict(memory), "sha256": {f.name: file_digest(f) for f in files}}
+            (temporary / "state.json").write_text(json.dumps(document))
+            for file in temporary.iterdir():
+                _sync(file)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            _sync(self.directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in self.saved()[: -self.keep]:
+            shutil.rmtree(old)
+        return final
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]] | None:
+        """Load the newest good checkpoint; returns (steps done, memory), or None when there is none."""
+        for directory in reversed(self.saved()):
+            problem = self._damage(directory)
+            if problem:
+                warnings.warn(f"checkpoint {directory} is damaged ({problem}); going back to the one before", stacklevel=2)
+                continue
+            document = json.loads((directory / "state.json").read_text())
+            load_weights(model, directory / "model.safetensors")
+            tensors = load_file(directory / "optimizer.safetensors")
+            torch.set_rng_state(tensors.pop(CPU_RANDOM))
+            cuda = tensors.pop(CUDA_RANDOM, None)
+            if cuda is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(cuda)
+            restore_optimizer(optimizer, tensors)
+            return document["step"], document["memory"]
+        return None
+
+    @staticmethod
+    def _damage(directory: Path) -> str | None:
+        try:
+            digests = json.loads((directory / "state.json").read_text())["sha256"]
+            for name, digest in digests.items():
+                if file_digest(directory / name) != digest:
+                    return f"{name} does not match its digest"
+        except (OSError, ValueError, KeyError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None

@@ -1,0 +1,129 @@
+"""Multi-head latent attention (DeepSeek-V2 report, section 2.1; V3 report, eq. 1-11).
+
+Keys and values of all heads are projections of one small latent per token, so decoding caches only the latent and one
+shared rope key. Two forms of the same function:
+
+- training and long prefill: the latent is expanded to keys and values of every head;
+- decode: the expansion is *absorbed* into query and output, so that all heads read the latent cache directly
+  (multi-query attention with key width C + R and value width C).
+
+Leaves out sparse attention (a variant of its own) and FP8 caches (a matter of the decode kernel).
+
+Shapes: B sequences, S tokens, Q new tokens, D hidden, H heads, P key width without position, R rope width, V value
+width, C latent width, N cache slots, L longest context, F = R / 2 rope pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from deepwright_core.model.attention import Rope, attend, gather_context, write_cache
+from deepwright_core.model.cache import CacheBatch
+from deepwright_core.model.config import ModelConfig
+from deepwright_core.model.norm import RMSNorm
+from deepwright_core.model.rope import softmax_scale
+from deepwright_core.registry import ComponentConfig
+from deepwright_kernels import mla_paged_decode, rotary
+from pydantic import Field
+from torch import Tensor, nn
+
+# Up to this many new tokens a sequence reads the latent cache absorbed; more tokens share the cost of expanding it.
+ABSORBED_QUERIES = 4
+
+
+class MLAConfig(ComponentConfig):
+    """Multi-head latent attention. `q_lora_rank: 0` means a full query projection (V2-Lite, Moonlight)."""
+
+    name: str = "mla"
+    heads: int = Field(4, ge=1)
+    q_lora_rank: int = Field(0, ge=0)
+    kv_lora_rank: int = Field(64, ge=1)
+    qk_nope_head_dim: int = Field(32, ge=1)
+    qk_rope_head_dim: int = Field(16, ge=2, multiple_of=2)
+    v_head_dim: int = Field(32, ge=1)
+
+
+class LatentAttention(nn.Module):
+    """MLA. Query and key heads are laid out [nope | rope], as in the published checkpoints."""
+
+    def __init__(self, config: MLAConfig, model: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.nope_dim, self.rope_dim, self.value_dim = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
+        self.latent_dim = config.kv_lora_rank
+        self.cache_width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.scale = softmax_scale(self.nope_dim + self.rope_dim, model.rope)
+        query_width = self.heads * (self.nope_dim + self.rope_dim)
+        if config.q_lora_rank:
+            self.q_a = nn.Linear(model.hidden_size, config.q_lora_rank, bias=False)
+            self.q_norm = RMSNorm(config.q_lora_rank, model.norm_eps)
+            self.q_b = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        else:
+            self.q = nn.Linear(model.hidden_size, query_width, bias=False)
+        self.q_lora = bool(config.q_lora_rank)
+        self.kv_a = nn.Linear(model.hidden_size, self.cache_width, bias=False)
+        self.kv_norm = RMSNorm(self.latent_dim, model.norm_eps)
+        self.kv_b = nn.Linear(self.latent_dim, self.heads * (self.nope_dim + self.value_dim), bias=False)
+        self.o = nn.Linear(self.heads * self.value_dim, model.hidden_size, bias=False)
+
+    def _queries(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """q without position [B, S, H, P] and rotated q [B, S, H, R]."""
+        query = self.q_b(self.q_norm(self.q_a(x_BSD))) if self.q_lora else self.q(x_BSD)
+        nope_BSHP, rope_BSHR = query.unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.rope_dim], -1)
+        cos, sin = (t[..., None, :] for t in rope)
+        return nope_BSHP, rotary(rope_BSHR, cos, sin)
+
+    def _latents(self, x_BSD: Tensor, rope: Rope) -> Tensor:
+        """What the cache holds of each token: normed latent, then the rotated shared rope key (which has no norm)."""
+        latent_BSC, rope_BSR = self.kv_a(x_BSD).split([self.latent_dim, self.rope_dim], -1)
+        return torch.cat([self.kv_norm(latent_BSC), rotary(rope_BSR, *rope)], -1)
+
+    def _expand(self, cached_BLW: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, L, H, P + R] and values [B, L, H, V] of every head from cached latents."""
+        latent_BLC, rope_BLR = cached_BLW.split([self.latent_dim, self.rope_dim], -1)
+        k_BLHP, v_BLHV = self.kv_b(latent_BLC).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.value_dim], -1)
+        shared_BLHR = rope_BLR[:, :, None].expand(-1, -1, self.heads, -1)
+        return torch.cat([k_BLHP, shared_BLHR], -1), v_BLHV
+
+    def _attend(self, nope_BQHP: Tensor, rope_BQHR: Tensor, cached_BLW: Tensor, mask: Tensor | None) -> Tensor:
+        k_BLHK, v_BLHV = self._expand(cached_BLW)
+        return attend(torch.cat([nope_BQHP, rope_BQHR], -1), k_BLHK, v_BLHV, mask, self.scale)
+
+    def _attend_absorbed(self, nope_BQHP: Tensor, rope_BQHR: Tensor, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
+        """q·(W_k c) = (W_kᵀ q)·c, and Σ p (W_v c) = W_v (Σ p c): attention over the latents themselves."""
+        weight_HXC = self.kv_b.weight.unflatten(0, (self.heads, -1))
+        key_HPC, value_HVC = weight_HXC.to(nope_BQHP.dtype).split([self.nope_dim, self.value_dim], 1)
+        latent_BQHC = torch.einsum("bqhp,hpc->bqhc", nope_BQHP, key_HPC)
+        mixed_BQHC = mla_paged_decode(
+            latent_BQHC,
+            rope_BQHR,
+            cache_NW,
+            batch.blocks_BP,
+            batch.positions_BQ,
+            batch.lengths_B,
+            batch.block_size,
+            self.scale,
+        )
+        return torch.einsum("bqhc,hvc->bqhv", mixed_BQHC, value_HVC)
+
+    def forward(self, x_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None) -> Tensor:
+        nope_BSHP, rope_BSHR = self._queries(x_BSD, rope)
+        return self.o(self._attend(nope_BSHP, rope_BSHR, self._latents(x_BSD, rope), mask_BSS).flatten(2))
+
+    def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
+        nope_BQHP, rope_BQHR = self._queries(x_BQD, rope)
+        write_cache(cache_NW, self._latents(x_BQD, rope), batch)
+        if x_BQD.shape[1] <= ABSORBED_QUERIES:
+            out_BQHV = self._attend_absorbed(nope_BQHP, rope_BQHR, cache_NW, batch)
+        else:
+            context_BLW, mask_BQL = gather_context(cache_NW, batch)
+            out_BQHV = self._attend(nope_BQHP, rope_BQHR, context_BLW.to(nope_BQHP.dtype), mask_BQL)
+        return self.o(out_BQHV.flatten(2))
+
+
+def build_mla(config: MLAConfig, model: ModelConfig, layer: int) -> LatentAttention:
+    """Multi-head latent attention: caches one latent and one rope key per token."""
+    return LatentAttention(config, model)

@@ -1,0 +1,127 @@
+"""DeepSeekMoE: shared experts for everyone, routed experts for the tokens that chose them (V3 report, eq. 12).
+
+No token is dropped, there is no capacity. All experts run as two grouped matrix products. Leaves out expert
+parallelism, which replaces the dispatch from outside.
+
+Shapes: B sequences, S tokens, T = B·S, D hidden, E experts, K experts per token, X = T·K, I expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from deepwright_core.model.config import ModelConfig
+from deepwright_core.model.feed_forward import SwiGLU
+from deepwright_core.model.record import ForwardRecord
+from deepwright_core.registry import ComponentConfig, ComponentOf, Registry
+from deepwright_kernels import grouped_linear
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from .balance import sequence_balance_loss
+from .dispatch import permute, plan, unpermute
+
+
+class MoEConfig(ComponentConfig):
+    """Mixture of experts. `shared_experts` always run (their widths add up); `top_k` of `experts` are chosen.
+
+    balance_loss: weight α of the sequence-wise balance loss (V3: 1e-4).
+    """
+
+    name: str = "moe"
+    experts: int = Field(8, ge=1)
+    top_k: int = Field(2, ge=1)
+    shared_experts: int = Field(1, ge=0)
+    intermediate_size: int = Field(64, ge=1)
+    balance_loss: float = Field(1e-4, ge=0)
+    router: Annotated[dict[str, Any], ComponentOf("router")] = {"name": "noaux_tc"}
+
+    @model_validator(mode="after")
+    def _check(self) -> MoEConfig:
+        problems = []
+        if self.top_k > self.experts:
+            problems.append(f"top_k is {self.top_k}; expected at most experts, which is {self.experts}")
+        groups, top_groups = self.router.get("groups", 1), self.router.get("top_groups", 1)
+        if isinstance(groups, int) and isinstance(top_groups, int) and groups >= 1:
+            if self.experts % groups:
+                problems.append(f"experts is {self.experts}; expected a multiple of router.groups, which is {groups}")
+            elif groups > 1 and self.experts // groups < 2:
+                problems.append(f"router.groups is {groups}; expected at least 2 of the {self.experts} experts in each")
+            elif top_groups > groups:
+                problems.append(f"router.top_groups is {top_groups}; expected at most router.groups, which is {groups}")
+            elif self.top_k > self.experts // groups * top_groups:
+                problems.append(
+                    f"top_k is {self.top_k}; expected at most the {self.experts // groups * top_groups} experts "
+                    f"that {top_groups} groups hold"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class Experts(nn.Module):
+    """E SwiGLU feed-forwards with their weights stacked: gate and up [E, 2·I, D], down [E, D, I]."""
+
+    def __init__(self, experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_EID = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
+        self.down_EDI = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
+
+    def forward(self, x_XD: Tensor, ends_E: Tensor) -> Tensor:
+        gate_XI, up_XI = grouped_linear(x_XD, self.gate_up_EID, ends_E).chunk(2, -1)
+        return grouped_linear(F.silu(gate_XI) * up_XI, self.down_EDI, ends_E)
+
+
+class MixtureOfExperts(nn.Module):
+    """routed(x) + shared(x). `layer` is the key under which load and loss are reported."""
+
+    def __init__(self, config: MoEConfig, model: ModelConfig, layer: int, router: nn.Module) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.router = router
+        self.experts = Experts(config.experts, model.hidden_size, config.intermediate_size)
+        self.shared = (
+            SwiGLU(model.hidden_size, config.shared_experts * config.intermediate_size)
+            if config.shared_experts
+            else None
+        )
+
+    def forward(self, x_BSD: Tensor, record: ForwardRecord | None) -> Tensor:
+        x_TD = x_BSD.flatten(0, 1)
+        routing = self.router(x_TD)
+        dispatch = plan(routing.experts_TK, self.config.experts)
+        y_XD = self.experts(permute(x_TD, dispatch, self.config.top_k), dispatch.ends_E)
+        out_TD = unpermute(y_XD, dispatch, routing.weights_TK)
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(x_TD)
+        if record is not None:
+            self._report(record, routing.experts_TK, routing.scores_TE, dispatch.load_E, x_BSD.shape[:2])
+        return out_TD.view_as(x_BSD)
+
+    def _report(
+        self, record: ForwardRecord, experts_TK: Tensor, scores_TE: Tensor, load_E: Tensor, shape: torch.Size
+    ) -> None:
+        if record.real_BS is not None:
+            real_TK = record.real_BS.flatten()[:, None].expand_as(experts_TK).to(load_E.dtype)
+            load_E = torch.zeros_like(load_E).scatter_add_(0, experts_TK.flatten(), real_TK.flatten())
+        record.loads[self.layer] = load_E
+        if self.config.balance_loss:
+            loss = sequence_balance_loss(scores_TE.unflatten(0, shape), self.config.top_k, record.real_BS)
+            record.losses[self.layer] = self.config.balance_loss * loss
+
+    def balance(self, load_E: Tensor) -> None:
+        """Let the router correct its bias from the global batch's load."""
+        self.router.balance(load_E)  # type: ignore[operator]
+
+
+def build_moe_with(registry: Registry) -> Any:
+    """The builder of `ffn: moe`, bound to the registry that knows the routers."""
+
+    def build_moe(config: MoEConfig, model: ModelConfig, layer: int) -> MixtureOfExperts:
+        """DeepSeekMoE: shared and routed experts."""
+        router = registry.build("router", config.router, model.hidden_size, config.experts, config.top_k)
+        return MixtureOfExperts(config, model, layer, router)
+
+    return build_moe
