@@ -48,3 +48,11 @@ def require_device(operator: str, argument: str, tensor: Tensor, device: torch.d
         raise ValueError(
             f"{operator}: {argument} is on {tensor.device}, but the first argument is on {device}; move one of them."
         )
+
+
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as torch's own matrix products would take them: in autocast's dtype where autocast is on."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)

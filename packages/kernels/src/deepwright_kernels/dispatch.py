@@ -21,6 +21,7 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 AUTO = "auto"
@@ -173,6 +174,8 @@ def _why_not(declared: Operator, backend: str, tensor: Tensor) -> str | None:
         return None
     if not _triton_installed():
         return "triton is not installed"
+    if tensor.dtype == torch.float64:
+        return "its kernels compute in float32 and the tensor is float64"
     if tensor.device.type != "cuda" and not interpreted():
         return f"the tensor is on {tensor.device.type}, where triton only runs with TRITON_INTERPRET=1"
     return None

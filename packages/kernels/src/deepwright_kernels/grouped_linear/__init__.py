@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..arguments import FLOATS, require_device, require_dtype, require_shape
+from ..arguments import FLOATS, in_autocast_dtype, require_device, require_dtype, require_shape
 
 NAME = "grouped_linear"
 dispatch.operator(
@@ -26,6 +26,7 @@ def grouped_linear(x_TK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tenso
     Group e is the rows offsets[e-1] .. offsets[e]; it may be empty. The last offset must be T: it is not checked,
     because that would make the host wait for the device.
     """
+    x_TK, weight_ENK = in_autocast_dtype(x_TK, weight_ENK)
     require_shape(NAME, "x_TK", x_TK, (None, None), "[T, K]")
     require_dtype(NAME, "x_TK", x_TK, FLOATS)
     require_shape(NAME, "weight_ENK", weight_ENK, (None, None, x_TK.shape[1]), "[E, N, K]")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..arguments import FLOATS, require, require_device, require_dtype, require_shape
+from ..arguments import FLOATS, in_autocast_dtype, require, require_device, require_dtype, require_shape
 
 NAME = "linear_cross_entropy"
 dispatch.operator(
@@ -32,12 +32,14 @@ def linear_cross_entropy(
 
     hidden_TD [T, D], weight_VD [V, D], targets_T [T] -> (loss_T, entropy_T), float32 [T], both 0 where the target is
     `ignore_index`. The loss has gradients for hidden and weight from any upstream gradient; minus the loss is the
-    log-probability of the target. The entropy has no gradient. `chunk` tokens at a time (None: chosen by device).
+    log-probability of the target. The entropy has no gradient. Products are made in hidden's dtype, `chunk` tokens at
+    a time (None: chosen by device).
     """
+    (hidden_TD,) = in_autocast_dtype(hidden_TD)
     require_shape(NAME, "hidden_TD", hidden_TD, (None, None), "[T, D]")
     require_dtype(NAME, "hidden_TD", hidden_TD, FLOATS)
     require_shape(NAME, "weight_VD", weight_VD, (None, hidden_TD.shape[1]), "[V, D]")
-    require_dtype(NAME, "weight_VD", weight_VD, (hidden_TD.dtype,))
+    require_dtype(NAME, "weight_VD", weight_VD, FLOATS)
     require_shape(NAME, "targets_T", targets_T, (hidden_TD.shape[0],), "[T]")
     require_dtype(NAME, "targets_T", targets_T, (torch.int64,))
     require_device(NAME, "weight_VD", weight_VD, hidden_TD.device)

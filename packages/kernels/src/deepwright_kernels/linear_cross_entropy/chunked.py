@@ -4,7 +4,7 @@ What is kept for the backward pass is one number a token (the log of the partiti
 loss with respect to its logits is (softmax − one-hot) / temperature, times whatever gradient arrives for that token:
 so the caller may weigh every token as it likes, which RL's policy losses do.
 
-Logits are computed in the dtype of the inputs and summed in float32; the weight's gradient is accumulated in float32.
+Logits are computed in the dtype of `hidden` and summed in float32; the weight's gradient is accumulated in float32.
 Leaves out: splitting the vocabulary over ranks.
 
 Shapes: T tokens, D hidden size, V vocabulary, K tokens of a chunk.
@@ -41,6 +41,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        ctx.weight_dtype = weight_VD.dtype
+        weight_VD = weight_VD.to(hidden_TD.dtype)
         ignored_T = targets_T == ignore_index
         safe_T = targets_T.masked_fill(ignored_T, 0)
         partition_T = hidden_TD.new_empty(hidden_TD.shape[0], dtype=wide)
@@ -81,20 +83,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_KV.scatter_add_(-1, safe_T[part, None], -scale_K1)
             grad_narrow_KV = grad_KV.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
-                torch.mm(grad_narrow_KV, weight_VD.to(hidden_TD.dtype), out=grad_hidden_TD[part])
+                torch.mm(grad_narrow_KV, weight_VD, out=grad_hidden_TD[part])
             if grad_weight_VD is not None:
                 if hidden_TD.dtype == wide:
                     grad_weight_VD.addmm_(grad_narrow_KV.T, hidden_KD)
                 else:
                     grad_weight_VD += grad_narrow_KV.T @ hidden_KD
         if grad_weight_VD is not None:
-            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+            grad_weight_VD = grad_weight_VD.to(ctx.weight_dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None, None
 
 
 def _logits(hidden_KD: Tensor, weight_VD: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
-    logits_KV = (hidden_KD @ weight_VD.to(hidden_KD.dtype).T).to(wide)
+    logits_KV = (hidden_KD @ weight_VD.T).to(wide)
     return logits_KV if temperature == 1.0 else logits_KV.div_(temperature)
+
+
+def _apply(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int, chunk: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    # Autocast would change the forward products but not those of the backward pass, which must repeat them exactly.
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
 
 
 def linear_cross_entropy(
@@ -109,13 +119,11 @@ def linear_cross_entropy(
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     chunk = chunk or chunk_tokens(vocabulary, hidden_TD.device)
     if hidden_TD.device.type != "cpu":
-        return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
+        return _apply(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
     # On the CPU, where nobody waits for a device, ignored tokens (prompts, padding) are left out of the products.
     kept_K = (targets_T != ignore_index).nonzero()[:, 0]
     if kept_K.numel() == tokens:
-        return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
-    loss_K, entropy_K = _LinearCrossEntropy.apply(
-        hidden_TD[kept_K], weight_VD, targets_T[kept_K], ignore_index, chunk, temperature
-    )
+        return _apply(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
+    loss_K, entropy_K = _apply(hidden_TD[kept_K], weight_VD, targets_T[kept_K], ignore_index, chunk, temperature)
     loss_T = loss_K.new_zeros(tokens).index_copy(0, kept_K, loss_K)
     return loss_T, entropy_K.new_zeros(tokens).index_copy(0, kept_K, entropy_K)

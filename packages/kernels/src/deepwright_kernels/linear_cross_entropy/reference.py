@@ -19,7 +19,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(loss_T, entropy_T) of softmax(hidden · weightᵀ / temperature); `chunk` changes nothing here."""
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-    logits_TV = (hidden_TD @ weight_VD.T).to(wide) / temperature
+    logits_TV = (hidden_TD @ weight_VD.to(hidden_TD.dtype).T).to(wide) / temperature
     logp_TV = logits_TV.log_softmax(-1)
     ignored_T = targets_T == ignore_index
     loss_T = -logp_TV.gather(-1, targets_T.masked_fill(ignored_T, 0)[:, None])[:, 0]
