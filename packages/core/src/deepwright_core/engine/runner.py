@@ -79,7 +79,9 @@ def grouped(chunks: Ordered[Chunk]) -> list[list[Chunk]]:
 class ModelRunner:
     """The model, its cache, and the rows of the decoding sequences."""
 
-    def __init__(self, model: GenerationModel, *, blocks: int, block_size: int, max_batch: int, row_blocks: int) -> None:
+    def __init__(
+        self, model: GenerationModel, *, blocks: int, block_size: int, max_batch: int, row_blocks: int
+    ) -> None:
         weight = next(iter(model.parameters()))
         self.model = model
         self.device = weight.device
