@@ -1,1 +1,4 @@
-"""The workflow around the packages: Hydra composes, Prefect runs, MLflow remembers."""
+"""The edge of deepwright: command line, configuration, workflow and tracking.
+
+The only place that imports Hydra, Prefect and MLflow. Everything that teaches, measures or serves a model is in packages/.
+"""

@@ -1,0 +1,105 @@
+"""The table at the end of a run: what each stage took, what it gained, where to look, how to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .rich_progress import duration, scaled
+from .runner import Outcome
+
+COLUMNS = ("stage", "", "time", "tokens", "main metric", "before → after", "FLOPs", "energy")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def cells(outcome: Outcome) -> tuple[str, ...]:
+    """One row. A reused stage shows what it took when it was made."""
+    label, before, after = outcome.result.headline
+    joules = outcome.finished.record.get("joules", outcome.joules)
+    measured = outcome.finished.record.get("joules_measured", outcome.measured)
+    return (
+        outcome.stage,
+        "reused" if outcome.reused else "done",
+        duration(outcome.finished.seconds),
+        scaled(outcome.result.tokens) if outcome.result.tokens else "–",
+        label or "–",
+        f"{_number(before)} → {_number(after)}" if label else "–",
+        scaled(outcome.result.flops) if outcome.result.flops else "–",
+        f"{'' if measured else '~'}{scaled(joules, 'J')}",
+    )
+
+
+def totals(outcomes: Sequence[Outcome], seconds: float, cpu_watts: float) -> str:
+    """One line below the table."""
+    joules = sum(o.finished.record.get("joules", o.joules) for o in outcomes)
+    measured = all(o.finished.record.get("joules_measured", o.measured) for o in outcomes)
+    how = "measured by the processor" if measured else f"estimated at {cpu_watts:g} W (run.cpu_watts)"
+    flops = sum(o.result.flops for o in outcomes)
+    return (
+        f"This run took {duration(seconds)}. All stages together: "
+        f"{duration(sum(o.finished.seconds for o in outcomes))}, {scaled(flops, 'FLOP')}, "
+        f"{joules / 3600:.2g} Wh ({how})."
+    )
+
+
+def places(outcomes: Sequence[Outcome], root: Path, links: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(what, where) lines: directories, the tracker's and the workflow's pages, and the next command."""
+    lines = [(f"{o.stage}", str(o.directory)) for o in outcomes]
+    lines += list(links.items())
+    model = last_model(outcomes)
+    if model is not None:
+        lines.append(("chat", f"deepwright serve {model}"))
+    return lines
+
+
+def last_model(outcomes: Sequence[Outcome]) -> Path | None:
+    """The model directory made last, if a stage made one."""
+    for outcome in reversed(outcomes):
+        for relative in outcome.result.outputs.values():
+            path = outcome.directory / relative
+            if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
+                return path
+    return None
+
+
+def table(
+    outcomes: Sequence[Outcome], seconds: float, cpu_watts: float, root: Path, links: Mapping[str, str]
+) -> RenderableType:
+    """For the terminal."""
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for column in COLUMNS:
+        rows.add_column(column, justify="left" if column in ("stage", "", "main metric") else "right")
+    for outcome in outcomes:
+        rows.add_row(*(Text(cell) for cell in cells(outcome)))
+    where = Table.grid(padding=(0, 2))
+    for what, place in places(outcomes, root, links):
+        where.add_row(Text(what, style="bold"), Text(place, overflow="fold"))
+    return Group(rows, Text(""), Text(totals(outcomes, seconds, cpu_watts)), Text(""), where)
+
+
+def markdown(
+    outcomes: Sequence[Outcome], seconds: float, cpu_watts: float, root: Path, links: Mapping[str, str]
+) -> str:
+    """The same for the workflow's and the tracker's pages."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    lines += [f"| {' | '.join(cells(outcome))} |" for outcome in outcomes]
+    lines += ["", totals(outcomes, seconds, cpu_watts), ""]
+    for what, place in places(outcomes, root, links):
+        lines.append(f"- {what}: {place}" if place.startswith("http") else f"- {what}: `{place}`")
+    return "\n".join(lines)
+
+
+def show(renderable: RenderableType, console: Console | None = None) -> None:
+    """Print to standard output, wide enough that nothing is cut when that is a file."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=160)
+    console.print()
+    console.print(renderable)
