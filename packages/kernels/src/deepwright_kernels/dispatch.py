@@ -16,7 +16,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from types import TracebackType
 from typing import Any
@@ -46,6 +45,7 @@ class BackendWarning(UserWarning):
 
 _operators: dict[str, Operator] = {}
 _choices: dict[str, str] = {}
+_functions: dict[str, dict[str, Callable[..., Any]]] = {backend: {} for backend in BUILT_IN}
 _warned: set[tuple[str, str, str]] = set()
 
 
@@ -147,17 +147,25 @@ def load(name: str, backend: str) -> Callable[..., Any]:
     if backend not in declared.backends:
         raise ValueError(f"{name} has no backend '{backend}'; expected one of {', '.join(sorted(declared.backends))}.")
     where = declared.backends[backend]
-    return _resolve(where) if isinstance(where, str) else where
+    if not isinstance(where, str):
+        return where
+    _import_backend(backend)
+    return _functions[backend][name]
 
 
-@cache
-def _resolve(where: str) -> Callable[..., Any]:
-    module, function = where.split(":")
-    resolved: Callable[..., Any] = getattr(import_module(module), function)
-    return resolved
+@torch.compiler.assume_constant_result  # torch.compile must not trace imports
+def _import_backend(backend: str) -> bool:
+    """Import this backend of every operator, at once: a graph that is being traced sees the table complete."""
+    functions = _functions.setdefault(backend, {})
+    for name, declared in _operators.items():
+        where = declared.backends.get(backend)
+        if isinstance(where, str) and name not in functions:
+            module, function = where.split(":")
+            functions[name] = getattr(import_module(module), function)
+    return True
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

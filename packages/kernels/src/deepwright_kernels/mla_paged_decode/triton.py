@@ -115,6 +115,9 @@ def _decode(
     out_BQHC = torch.empty(q_latent_BQHC.shape, dtype=q_latent_BQHC.dtype, device=q_latent_BQHC.device)
     if out_BQHC.numel() == 0:
         return out_BQHC
+    if not out_BQHC.is_cuda:
+        # The interpreter's tl.dot multiplies the bits of bfloat16 as if they were integers.
+        q_latent_BQHC, q_rope_BQHR, cache_NW = q_latent_BQHC.float(), q_rope_BQHR.float(), cache_NW.float()
     rows = queries * heads
     wide = q_latent_BQHC.dtype == torch.float32
     # tl.dot takes tiles of at least 16. Tiles are as large as an SM's shared memory lets a 512-wide latent be.

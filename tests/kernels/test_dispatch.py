@@ -1,0 +1,111 @@
+"""Which backend runs: by device, by choice, and what is said when the choice cannot be honoured."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deepwright_kernels import (
+    BackendWarning,
+    add_backend,
+    backend_for,
+    choices,
+    configure,
+    dispatch,
+    operators,
+    rms_norm,
+)
+
+CPU = torch.zeros(1)
+
+
+@pytest.fixture(autouse=True)
+def _without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(dispatch, "_warned", set())
+
+
+def test_every_operator_has_a_reference() -> None:
+    assert sorted(operators()) == ["grouped_linear", "linear_cross_entropy", "mla_paged_decode", "rms_norm", "rotary"]
+    for name, backends in operators().items():
+        assert "reference" in backends
+        assert callable(dispatch.load(name, "reference"))
+        assert backend_for(name, CPU) in {"reference", "torch"}
+
+
+def test_a_choice_holds_inside_its_block_or_from_then_on() -> None:
+    with configure({"rms_norm": "reference"}):
+        assert backend_for("rms_norm", CPU) == "reference"
+        with configure({"rms_norm": "torch"}):
+            assert backend_for("rms_norm", CPU) == "torch"
+        assert backend_for("rms_norm", CPU) == "reference"
+    assert choices()["rms_norm"] == "auto"
+    with configure({}):
+        configure({"rms_norm": "reference"})
+        assert choices()["rms_norm"] == "reference"
+    assert choices()["rms_norm"] == "auto"
+
+
+def test_a_star_stands_for_every_operator_that_has_the_backend() -> None:
+    with configure({"*": "reference", "rms_norm": "torch"}):
+        chosen = choices()
+    assert chosen.pop("rms_norm") == "torch"
+    assert set(chosen.values()) == {"reference"}
+
+
+def test_a_backend_that_cannot_run_is_replaced_and_that_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
+    with configure({"rotary": "triton"}):
+        assert [backend_for("rotary", CPU) for _ in range(3)] == ["reference"] * 3
+    said = [str(warning.message) for warning in recwarn if warning.category is BackendWarning]
+    assert len(said) == 1
+    assert said[0].startswith("rotary: the backend 'triton' cannot run because")
+
+
+def test_auto_says_so_when_a_gpu_has_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
+
+    class OnGpu:
+        device = torch.device("cuda")
+        dtype = torch.float32
+
+    with pytest.warns(BackendWarning, match="triton is not installed"):
+        assert backend_for("rms_norm", OnGpu()) == "reference"  # type: ignore[arg-type]
+
+
+def test_wrong_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"There is no operator 'rms_nrm'\. Did you mean rms_norm\?"):
+        configure({"rms_nrm": "triton"})
+    with pytest.raises(
+        ValueError, match="rms_norm has no backend 'cuda'; expected one of auto, reference, torch, triton"
+    ):
+        configure({"rms_norm": "cuda"})
+    with pytest.raises(ValueError, match="Backend 'cuda' for every operator"):
+        configure({"*": "cuda"})
+
+
+def test_an_added_backend_runs_only_when_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = dispatch._operators["rms_norm"]
+    monkeypatch.setattr(declared, "backends", dict(declared.backends))
+    monkeypatch.setattr(declared, "available", {})
+    add_backend("rms_norm", "vendor", lambda x, weight, eps: x + 1)
+    assert backend_for("rms_norm", CPU) != "vendor"
+    with configure({"rms_norm": "vendor"}):
+        assert torch.equal(rms_norm(torch.zeros(2, 3), torch.ones(3)), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="already has a backend called 'vendor'"):
+        add_backend("rms_norm", "vendor", lambda *_: None)
+
+    add_backend("rms_norm", "elsewhere", lambda *_: None, available=lambda tensor: "it needs another machine")
+    with configure({"rms_norm": "elsewhere"}), pytest.warns(BackendWarning, match="because it needs another machine"):
+        assert backend_for("rms_norm", CPU) == "torch"
+
+
+def test_importing_and_using_the_package_on_a_cpu_leaves_triton_alone() -> None:
+    program = """
+import sys, torch, deepwright_kernels as k
+k.rms_norm(torch.ones(2, 4), torch.ones(4))
+k.rotary(torch.ones(2, 4), torch.ones(2, 2), torch.ones(2, 2))
+loaded = [name for name in sys.modules if name == "deepwright_kernels" or name.startswith("deepwright_kernels.")]
+assert not [name for name in loaded if name.endswith(".triton")], loaded
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,55 @@
+"""The norm against the formula in float64, and its gradients against finite differences."""
+
+import numpy as np
+import pytest
+import torch
+
+from deepwright_kernels import configure, dispatch, rms_norm
+
+BACKENDS = ["reference", "torch"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5, 33), (0, 8), (2, 0, 4)])
+def test_follows_the_formula(backend: str, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=shape) * 3, rng.normal(size=shape[-1])
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
+    with configure({"rms_norm": backend}):
+        y = rms_norm(torch.tensor(x, dtype=torch.float32), torch.tensor(weight, dtype=torch.float32), 1e-5)
+    torch.testing.assert_close(y, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_by_finite_differences(backend: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: dispatch.load("rms_norm", backend)(a, b, 1e-3), (x, weight))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision_input_is_summed_in_float32(backend: str) -> None:
+    # 300² · 512 overflows float16 long before it is averaged.
+    x = torch.full((2, 512), 300.0, dtype=torch.float16)
+    with configure({"rms_norm": backend}):
+        y = rms_norm(x, torch.ones(512), 1e-6)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), torch.ones(2, 512), rtol=1e-3, atol=0)
+
+
+def test_scale_of_the_input_does_not_matter() -> None:
+    x, weight = torch.randn(4, 64), torch.randn(64)
+    torch.testing.assert_close(rms_norm(x * 1e4, weight, 0.0), rms_norm(x, weight, 0.0), rtol=1e-4, atol=1e-5)
+
+
+def test_errors_name_the_argument() -> None:
+    x = torch.randn(2, 8)
+    with pytest.raises(ValueError, match=r"weight has shape \[7\]; expected \[D\] = \[8\]"):
+        rms_norm(x, torch.ones(7))
+    with pytest.raises(TypeError, match="x is int64"):
+        rms_norm(torch.ones(2, 8, dtype=torch.long), torch.ones(8))
+    with pytest.raises(ValueError, match="eps is -1"):
+        rms_norm(x, torch.ones(8), -1.0)
+    with pytest.raises(ValueError, match="weight is on meta"):
+        rms_norm(x, torch.ones(8, device="meta"))
