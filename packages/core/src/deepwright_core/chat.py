@@ -142,6 +142,24 @@ def encode_with_mask(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
     return ids, mask
 
 
+def encode_many_with_mask(
+    tokenizer: Tokenizer, conversations: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[tuple[list[int], list[bool]]]:
+    """`encode_with_mask` of each conversation, with all texts encoded in one batch: many times faster."""
+    forms = [pieces(messages, add_generation_prompt=False) for messages in conversations]
+    texts = iter(tokenizer.encode_batch([piece.text for form in forms for piece in form if piece.special is None]))
+    encoded = []
+    for form in forms:
+        ids: list[int] = []
+        mask: list[bool] = []
+        for piece in form:
+            new = next(texts) if piece.special is None else piece.ids(tokenizer)
+            ids += new
+            mask += [piece.learn] * len(new)
+        encoded.append((ids, mask))
+    return encoded
+
+
 # What a model wrote ---------------------------------------------------------------------------------
 
 

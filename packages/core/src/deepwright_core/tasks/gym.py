@@ -84,6 +84,7 @@ class ArithmeticConfig(ReasoningGymConfig):
     tasks: dict[str, DatasetChoice] = Field(
         default={
             "chain_sum": DatasetChoice(
+                weight=1.0,
                 options={"min_terms": 2, "max_terms": 2, "min_digits": 3, "max_digits": 3},
             )
         },
