@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from deepwright_core.engine.block_manager import BlockManager, block_digest, root_digest
-from deepwright_core.errors import WorkError
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from deepwright_core.engine.block_manager import BlockManager, block_digest, root_digest
+from deepwright_core.errors import WorkError
 
 BLOCKS = 6
 

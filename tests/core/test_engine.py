@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from deepwright_core.engine import Engine, SamplingParams
-from deepwright_core.errors import RequestError, WorkError
-from deepwright_core.model.cache import CacheBatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+from deepwright_core.engine import Engine, SamplingParams
+from deepwright_core.errors import RequestError, WorkError
+from deepwright_core.model.cache import CacheBatch
 
 VOCABULARY = 23
 EOS = 12

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from deepwright_core.engine.sampler import SamplingRows, sample, uniform
 from deepwright_core.engine.sequence import SamplingParams
 from deepwright_core.errors import RequestError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 MASK = (1 << 64) - 1
 
