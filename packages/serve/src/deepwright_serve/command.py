@@ -1,0 +1,273 @@
+"""`deepwright serve`: a model directory in, a running server out.
+
+`serve` checks the request, takes the port (before the weights are loaded, so that a taken port is told at once), loads
+the model, and runs until it is told to end. Used by the command line, by `python -m deepwright_serve`, and so by the
+serve stage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+import torch
+import uvicorn
+from pydantic import ValidationError
+
+from deepwright_core import plugins
+from deepwright_core.engine import Engine
+from deepwright_core.errors import RequestError, WorkError
+from deepwright_core.model.directory import load_model
+from deepwright_core.stage import RESULT_FILE, write_atomically
+from deepwright_core.tokenizer import Tokenizer
+
+from .app import Service, create_app
+from .keys import Keys
+from .limits import Limits
+
+log = logging.getLogger("deepwright.serve")
+
+PORT = 8000
+CACHE_TOKENS = 65536
+BLOCK_SIZE = 16
+
+
+def serve(
+    model_directory: Path,
+    host: str = "127.0.0.1",
+    port: int = PORT,
+    *,
+    name: str = "deepwright",
+    api_key_file: Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    threads: int = 0,
+    cache_tokens: int = CACHE_TOKENS,
+    limits: Limits | None = None,
+    address_file: Path | None = None,
+    end_with_stdin: bool = False,
+) -> None:
+    """Serve a model until SIGTERM or Ctrl-C.
+
+    address_file: written once requests are taken, as {"address", "host", "port", "pid"}.
+    end_with_stdin: end when standard input is closed, that is, when the process that holds its other end is gone.
+    """
+    limits = limits or Limits()
+    directory = find_model(model_directory)
+    local = is_loopback(host)
+    if not local and api_key_file is None:
+        raise RequestError(
+            f"--host is {host}, which other machines can reach; give --api-key-file, or leave --host at 127.0.0.1."
+        )
+    keys = Keys.read(api_key_file) if api_key_file is not None else None
+    listener = listen(host, port)
+    with listener:
+        if threads:
+            torch.set_num_threads(threads)
+        service = load_service(
+            directory, name=name, device=device, precision=precision, cache_tokens=cache_tokens, limits=limits
+        )
+        service.keys, service.local = keys, local
+        service.door.keys, service.door.local = keys, local
+        run(service, listener, address_file=address_file, end_with_stdin=end_with_stdin)
+
+
+def load_service(
+    directory: Path, *, name: str, device: str, precision: str, cache_tokens: int, limits: Limits
+) -> Service:
+    """Model, tokenizer and engine of a model directory."""
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" else "fp32"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = load_model(directory, plugins.installed().registry, device=chosen, dtype=dtype)
+    tokenizer = Tokenizer.load(directory)
+    engine = Engine(model, tokenizer.eos_id, cache_tokens=cache_tokens, block_size=BLOCK_SIZE, max_batch=limits.running)
+    # One block is the padding's.
+    context = min(model.max_positions, cache_tokens - BLOCK_SIZE)
+    return Service(engine, tokenizer, name, context, limits)
+
+
+def find_model(path: Path) -> Path:
+    """The model directory that a path means: itself, or the model that a stage left in its directory."""
+    if (path / "config.json").is_file():
+        return path
+    if not path.exists():
+        raise RequestError(f"{path} does not exist; give a model directory or the directory of a finished stage.")
+    result = path / RESULT_FILE
+    candidates = [path / "model"]
+    if result.is_file():
+        try:
+            outputs = json.loads(result.read_text()).get("outputs", {})
+            candidates += [path / relative for relative in outputs.values()]
+        except (ValueError, AttributeError):
+            raise RequestError(f"{result} is not a stage's result: it is not the JSON of one.") from None
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise RequestError(
+        f"{path} holds no model: there is no config.json in it, nor in a model/ below it. "
+        "Give a model directory or the directory of a finished stage."
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on the address, or one sentence about why there is none."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise RequestError(f"--host {host} is not an address of this machine: {error}.") from None
+    except OverflowError:
+        raise RequestError(f"--port is {port}; expected 0 (any free one) to 65535.") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise RequestError(
+                f"Port {port} on {host} is in use; choose another with --port, or --port 0 for a free one."
+            ) from None
+        raise RequestError(f"Port {port} on {host} cannot be opened: {error.strerror}.") from None
+    return listener
+
+
+class GracefulServer(uvicorn.Server):
+    """A server that stops admitting requests as soon as it is told to end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service = service
+        self._ready = ready
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.door.draining = True
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+def run(
+    service: Service, listener: socket.socket, *, address_file: Path | None = None, end_with_stdin: bool = False
+) -> None:
+    """Run a service on a listening socket until SIGTERM, Ctrl-C or (if asked for) the end of standard input."""
+    limits = service.limits
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def ready() -> None:
+        record = {"address": address, "host": host, "port": port, "pid": os.getpid()}
+        if address_file is not None:
+            write_atomically(address_file, json.dumps(record) + "\n")
+        click.echo(f"{service.name} answers at {address} (chat in a browser, OpenAI clients under {address}/v1).")
+
+    config = uvicorn.Config(
+        create_app(service),
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=limits.connections,
+        timeout_graceful_shutdown=max(1, round(limits.drain_seconds)),
+    )
+    server = GracefulServer(config, service, ready)
+    if end_with_stdin:
+        threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
+    # uvicorn raises the signal again when it has shut down; having obeyed it, we end in peace.
+    previous = {sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        asyncio.run(server.serve([listener]))
+    finally:
+        for sig, handler in previous.items():
+            signal.signal(sig, handler)
+    if not server.started:
+        raise WorkError(f"The server at {address} did not start; the log above says why.")
+
+
+def _end_with_stdin(server: GracefulServer) -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    server.handle_exit(signal.SIGTERM, None)
+
+
+@click.command("serve")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=PORT, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
+@click.option("--name", default="deepwright", show_default=True, help="The model's name in requests.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys to accept, one a line.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"]))
+@click.option("--threads", default=0, type=click.IntRange(0), help="CPU threads of the model (0: all cores).")
+@click.option("--cache-tokens", default=CACHE_TOKENS, show_default=True, type=click.IntRange(64))
+@click.option("--max-running", default=64, show_default=True, type=click.IntRange(1, 4096))
+@click.option("--max-waiting", default=256, show_default=True, type=click.IntRange(0, 65536))
+@click.option("--request-seconds", default=600.0, show_default=True, help="Deadline of a request.")
+@click.option("--drain-seconds", default=20.0, show_default=True, help="Time for running requests at the end.")
+@click.option("--address-file", type=click.Path(path_type=Path), help="Write address and pid here when ready.")
+@click.option("--end-with-stdin", is_flag=True, help="End when standard input is closed.")
+def serve_command(model: Path, **options: Any) -> None:
+    """Serve MODEL (a model directory, or the directory of a finished stage) to OpenAI clients and browsers."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    names = {
+        "running": "max_running",
+        "waiting": "max_waiting",
+        "request_seconds": "request_seconds",
+        "drain_seconds": "drain_seconds",
+    }
+    values = {limit: options.pop(option) for limit, option in names.items()}
+    try:
+        limits = Limits(**values)
+    except ValidationError as error:
+        raise RequestError(
+            [f"--{names[str(e['loc'][0])].replace('_', '-')} is {e['input']}; {e['msg']}." for e in error.errors()]
+        ) from None
+    serve(model, limits=limits, **options)
+
+
+def main() -> None:
+    """The command on its own: `python -m deepwright_serve MODEL`."""
+    try:
+        serve_command.main(prog_name="deepwright serve", standalone_mode=False)
+    except RequestError as error:
+        for problem in error.problems:
+            click.echo(problem, err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+    except WorkError as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)

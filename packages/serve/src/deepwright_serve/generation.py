@@ -1,0 +1,138 @@
+"""The answers of one request, from admission to the last token, and the ways in which they can end early.
+
+A `Generation` is entered (all its answers are queued, or the request is refused), iterated (updates as tokens come)
+and left; leaving cancels in the engine whatever is unfinished. So a client that hangs up, a deadline and an error all
+free the engine in the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from starlette.requests import Request
+from starlette.types import Receive
+
+from deepwright_core.engine import SamplingParams, TokenEvent
+
+from .answer import Answer, Delta
+from .protocol import Usage
+from .refusal import Refusal
+from .scheduling import EngineThread, Ticket
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Update:
+    """What came since the last update for one answer."""
+
+    index: int
+    delta: Delta
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Generation:
+    """Answers to `prompts`, one for each entry of `answers`, in that order."""
+
+    def __init__(
+        self,
+        thread: EngineThread,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        answers: Sequence[Answer],
+        tenant: str = "",
+    ) -> None:
+        self._thread = thread
+        self.answers = answers
+        self._queue: asyncio.Queue[tuple[int, TokenEvent | Refusal]] = asyncio.Queue()
+        self._tickets = [
+            Ticket(prompt, sampling, self._sink(index), tenant)
+            for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True))
+        ]
+        self._unfinished = set(range(len(self._tickets)))
+        self._cached: dict[int, int] = {}
+
+    def _sink(self, index: int) -> Callable[[TokenEvent | Refusal], None]:
+        return lambda item: self._queue.put_nowait((index, item))
+
+    def __enter__(self) -> Generation:
+        self._thread.submit(self._tickets)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for ticket in self._tickets:
+            self._thread.cancel(ticket)
+
+    async def updates(self, beat: float | None = None) -> AsyncIterator[list[Update]]:
+        """Updates until every answer is finished; an empty list after `beat` seconds in which nothing came."""
+        while self._unfinished:
+            try:
+                items = [await asyncio.wait_for(self._queue.get(), beat)]
+            except TimeoutError:
+                yield []
+                continue
+            # A reader that fell behind gets everything in one piece.
+            while not self._queue.empty():
+                items.append(self._queue.get_nowait())
+            merged: dict[int, Update] = {}
+            for index, item in items:
+                if isinstance(item, Refusal):
+                    raise item
+                update = merged.setdefault(index, Update(index, Delta()))
+                self._take(update, item)
+            yield list(merged.values())
+
+    def _take(self, update: Update, event: TokenEvent) -> None:
+        answer = self.answers[update.index]
+        if update.index not in self._unfinished:
+            return
+        if event.token_id is None or event.finish_reason == "cancelled":
+            raise Refusal(500, "The engine cancelled the request.", code="engine_failed")
+        update.delta += answer.push(event.token_id)
+        self._cached[update.index] = event.cached_tokens
+        if answer.stopped:
+            self._thread.cancel(self._tickets[update.index])
+            update.finish_reason = "stop"
+        elif event.finish_reason is not None:
+            update.delta += answer.finish()
+            update.finish_reason = event.finish_reason
+        if update.finish_reason is not None:
+            self._unfinished.discard(update.index)
+
+    def usage(self) -> Usage:
+        """Tokens so far. A prompt that several answers share counts once."""
+        prompts = {id(ticket.prompt): (len(ticket.prompt), i) for i, ticket in reversed(list(enumerate(self._tickets)))}
+        return Usage.count(
+            prompt=sum(length for length, _ in prompts.values()),
+            completion=sum(answer.tokens for answer in self.answers),
+            cached=sum(self._cached.get(first, 0) for _, first in prompts.values()),
+            reasoning=sum(answer.reasoning_tokens for answer in self.answers),
+        )
+
+
+class HungUp(Exception):
+    """The client is gone; nobody is left to answer."""
+
+
+async def hang_up(receive: Receive) -> None:
+    """Return when the client has closed the connection (its body must have been read)."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_hung_up(request: Request, work: Awaitable[Result]) -> Result:
+    """The result of `work`, which is cancelled (and `HungUp` raised) when the client goes away first."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(hang_up(request.receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HungUp
+        return task.result()
+    finally:
+        for pending in (task, watch):
+            pending.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)

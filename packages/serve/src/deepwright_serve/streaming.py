@@ -1,0 +1,95 @@
+"""Server-sent events: one answer chunk an event, a comment when nothing comes, `[DONE]` at the end.
+
+The response holds its `Generation` open exactly as long as somebody listens: when the client goes away, the deadline
+passes or the server is told to end, it is left, and leaving cancels the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .generation import Generation, hang_up
+from .limits import Limits
+from .refusal import Refusal
+
+# Seconds that a client which has stopped reading may hold up the end of its stream.
+LAST_WORDS = 5.0
+
+
+class EventStream(Response):
+    """Sends `chunks` (JSON texts; "" for a sign of life) while `generation` runs.
+
+    The generation is entered here and now, so that a full queue is still a 429 and not an event.
+    """
+
+    media_type = "text/event-stream"
+    # Proxies cut connections that are silent for about a minute.
+    BEAT = 15.0
+
+    def __init__(self, generation: Generation, chunks: AsyncIterator[str], limits: Limits) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        # Ask proxies not to collect events before passing them on.
+        self.headers["x-accel-buffering"] = "no"
+        self._generation = generation
+        self._chunks = chunks
+        self._limits = limits
+        generation.__enter__()
+
+    @staticmethod
+    def dump(body: dict[str, Any]) -> str:
+        """JSON of one event, without spaces."""
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            sending = asyncio.ensure_future(self._send_all(send))
+            watch = asyncio.ensure_future(hang_up(receive))
+            try:
+                await asyncio.wait({sending, watch}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (sending, watch):
+                    task.cancel()
+                await asyncio.gather(sending, watch, return_exceptions=True)
+            if not sending.cancelled() and (error := sending.exception()) is not None:
+                raise error
+        finally:
+            self._generation.__exit__()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            # The deadline also ends a client that has stopped reading: a full socket makes `send` wait.
+            async with asyncio.timeout(self._limits.request_seconds):
+                async for chunk in self._chunks:
+                    await self._event(send, f"data: {chunk}\n\n" if chunk else ": waiting\n\n")
+        except TimeoutError:
+            await self._fail(send, Refusal.deadline(self._limits.request_seconds))
+        except Refusal as refusal:
+            await self._fail(send, refusal)
+        except OSError:
+            return
+        finally:
+            if isinstance(self._chunks, AsyncGenerator):
+                await self._chunks.aclose()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS):
+                await self._event(send, "data: [DONE]\n\n")
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _fail(self, send: Send, refusal: Refusal) -> None:
+        """The status is long sent; the error goes where clients look for it in a stream."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS):
+                await self._event(send, f"data: {self.dump(refusal.body())}\n\n")
+
+    @staticmethod
+    async def _event(send: Send, text: str) -> None:
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})

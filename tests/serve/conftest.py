@@ -1,0 +1,174 @@
+"""A tiny model directory, an engine that says what it is told to say, and servers on free loopback ports."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import uvicorn
+
+from deepwright_core import plugins
+from deepwright_core.engine import SamplingParams, TokenEvent
+from deepwright_core.errors import RequestError
+from deepwright_core.model.config import ModelConfig
+from deepwright_core.model.directory import save_model
+from deepwright_core.model.transformer import build_model
+from deepwright_core.tokenizer import Tokenizer
+from deepwright_core.tokenizer.bpe import BpeConfig, train
+from deepwright_serve.app import Service, create_app
+from deepwright_serve.command import listen
+from deepwright_serve.keys import Keys
+from deepwright_serve.limits import Limits
+
+WORDS = ["What is 17 + 25? The answer is 42.", "def add(a, b):\n    return a + b\n", "Ein Käse für Zoë, 你好 🙂"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train(BpeConfig(vocab_size=320, min_frequency=2), WORDS * 4)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of two layers: it says nonsense, but it says it deterministically."""
+    directory = tmp_path_factory.mktemp("served") / "model"
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        layers=2,
+        intermediate_size=64,
+        max_positions=256,
+        init_std=0.3,
+        attention={"name": "gqa", "heads": 2, "kv_heads": 1, "head_dim": 16},
+        ffn={"name": "dense"},
+    )
+    torch.manual_seed(0)
+    save_model(build_model(plugins.installed().registry, config), directory)
+    tokenizer.save(directory)
+    return directory
+
+
+class ScriptedEngine:
+    """Answers every prompt with `script(prompt)`, one token a step, and keeps a record of what it was asked.
+
+    `gate` holds up the steps while it is cleared. `fail` makes the next steps raise.
+    """
+
+    def __init__(self, script: Callable[[list[int]], list[int]], eos_id: int) -> None:
+        self.script = script
+        self.eos_id = eos_id
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fail = 0
+        self.asked: list[tuple[list[int], SamplingParams, str]] = []
+        self.cancelled: list[int] = []
+        self.running: dict[int, list[int]] = {}
+        self._left: dict[int, int] = {}
+
+    def add(self, prompt_ids: list[int], params: SamplingParams, *, salt: str = "") -> int:
+        if 777_777 in prompt_ids:
+            raise RequestError("The prompt holds token 777777.")
+        number = len(self.asked)
+        self.asked.append((prompt_ids, params, salt))
+        self.running[number] = [*self.script(prompt_ids), self.eos_id]
+        self._left[number] = params.max_tokens
+        return number
+
+    def cancel(self, request_id: int) -> bool:
+        self.cancelled.append(request_id)
+        return self.running.pop(request_id, None) is not None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running)
+
+    def step(self) -> list[TokenEvent]:
+        self.gate.wait(0.05)
+        if not self.gate.is_set():
+            return []
+        if self.fail:
+            self.fail -= 1
+            raise RuntimeError("the accelerator is on fire")
+        events = []
+        for number, tokens in list(self.running.items()):
+            token = tokens.pop(0)
+            self._left[number] -= 1
+            reason: Any = "stop" if token == self.eos_id else "length" if self._left[number] == 0 else None
+            if reason:
+                del self.running[number]
+            events.append(TokenEvent(number, token, -0.5, reason, cached_tokens=1))
+        time.sleep(0.0005)
+        return events
+
+
+class Running:
+    """A service that is being served, and a client for it."""
+
+    def __init__(self, service: Service, address: str) -> None:
+        self.service = service
+        self.engine: Any = service.engine
+        self.address = address
+        self.client = httpx.Client(base_url=address, timeout=20, trust_env=False)
+
+    def chat(self, text: str = "hello", **fields: Any) -> httpx.Response:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": text}], **fields}
+        return self.client.post("/v1/chat/completions", json=body)
+
+    def until_idle(self) -> None:
+        """Wait until nothing runs any more; fails if that does not happen."""
+        deadline = time.monotonic() + 10
+        while self.service.thread.open or self.engine.has_work:
+            assert time.monotonic() < deadline, "work was left in the engine"
+            time.sleep(0.005)
+
+
+@contextmanager
+def running(service: Service) -> Iterator[Running]:
+    """Serve on a free port from a thread of this process."""
+    listener = listen("127.0.0.1", 0)
+    config = uvicorn.Config(create_app(service), http="h11", ws="none", lifespan="on", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not server.started:
+        assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.005)
+    try:
+        served = Running(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with served.client:
+            yield served
+    finally:
+        if hasattr(service.engine, "gate"):
+            service.engine.gate.set()
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+        assert not thread.is_alive(), "the server did not end"
+
+
+@pytest.fixture
+def serve_script(tokenizer: Tokenizer) -> Iterator[Callable[..., Running]]:
+    """Serve an engine that answers with the given text; <think> and </think> in it are the real tokens."""
+    with ExitStack() as stack:
+
+        def start(answer: str = "Hello, Zoë!", *, keys: list[str] | None = None, **limits: Any) -> Running:
+            engine = ScriptedEngine(lambda prompt: tokenizer.encode(answer, allow_special=True), tokenizer.eos_id)
+            service = Service(
+                engine, tokenizer, "tiny", 256, Limits(**limits), keys=None if keys is None else Keys(keys)
+            )
+            return stack.enter_context(running(service))
+
+        yield start
+
+
+@pytest.fixture
+def serve_service() -> Callable[[Service], Any]:
+    return running
