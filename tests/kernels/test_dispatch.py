@@ -13,8 +13,10 @@ from deepwright_kernels import (
     choices,
     configure,
     dispatch,
+    grouped_linear,
     operators,
     rms_norm,
+    rotary,
 )
 
 CPU = torch.zeros(1)
@@ -56,7 +58,7 @@ def test_a_star_stands_for_every_operator_that_has_the_backend() -> None:
 
 def test_a_backend_that_cannot_run_is_replaced_and_that_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
     with configure({"rotary": "triton"}):
-        assert [backend_for("rotary", CPU) for _ in range(3)] == ["reference"] * 3
+        assert [backend_for("rotary", CPU) for _ in range(3)] == ["torch"] * 3
     said = [str(warning.message) for warning in recwarn if warning.category is BackendWarning]
     assert len(said) == 1
     assert said[0].startswith("rotary: the backend 'triton' cannot run because")
@@ -98,6 +100,18 @@ def test_an_added_backend_runs_only_when_it_is_chosen(monkeypatch: pytest.Monkey
     add_backend("rms_norm", "elsewhere", lambda *_: None, available=lambda tensor: "it needs another machine")
     with configure({"rms_norm": "elsewhere"}), pytest.warns(BackendWarning, match="because it needs another machine"):
         assert backend_for("rms_norm", CPU) == "torch"
+
+
+def test_torch_compile_sees_through_the_dispatch() -> None:
+    x, weight, angle = torch.randn(4, 8, requires_grad=True), torch.randn(8), torch.randn(4, 4)
+    # In bfloat16: torch cannot yet trace its grouped product in float32.
+    experts, ends = torch.randn(2, 8, 8).bfloat16(), torch.tensor([1, 4], dtype=torch.int32)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return grouped_linear(rotary(rms_norm(x, weight), angle.cos(), angle.sin()).bfloat16(), experts, ends).sum()
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(model(x), x))
 
 
 def test_importing_and_using_the_package_on_a_cpu_leaves_triton_alone() -> None:

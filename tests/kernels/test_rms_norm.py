@@ -38,6 +38,25 @@ def test_low_precision_input_is_summed_in_float32(backend: str) -> None:
     torch.testing.assert_close(y.float(), torch.ones(2, 512), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_closed_form_are_those_of_the_reference(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 40)[..., 3:30].to(dtype).requires_grad_()
+    weight = torch.randn(27, requires_grad=True)
+    upstream = torch.randn(2, 7, 27).to(dtype)
+    results = []
+    for backend in BACKENDS:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = dispatch.load("rms_norm", backend)(x, weight, 1e-5)
+            results.append(torch.autograd.grad(y, (x, weight), upstream))
+    for want, have in zip(*results, strict=True):
+        assert have.dtype == want.dtype
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+        torch.testing.assert_close(have, want, **tolerance)
+    (alone,) = torch.autograd.grad(dispatch.load("rms_norm", "torch")(x.detach(), weight, 1e-5), weight, upstream)
+    torch.testing.assert_close(alone, results[1][1])
+
+
 def test_scale_of_the_input_does_not_matter() -> None:
     x, weight = torch.randn(4, 64), torch.randn(64)
     torch.testing.assert_close(rms_norm(x * 1e4, weight, 0.0), rms_norm(x, weight, 0.0), rtol=1e-4, atol=1e-5)

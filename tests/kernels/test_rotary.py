@@ -1,9 +1,17 @@
 """The rotation against complex numbers, and the property it exists for: scores depend on distances only."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from deepwright_kernels import rotary
+from deepwright_kernels import configure, rotary
+
+
+@pytest.fixture(params=["reference", "torch"], autouse=True)
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with configure({"rotary": request.param}):
+        yield
 
 
 def test_is_a_product_of_complex_numbers() -> None:
@@ -33,6 +41,12 @@ def test_gradients_by_finite_differences() -> None:
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     angle = torch.randn(3, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda a: rotary(a, angle.cos(), angle.sin()), (x,))
+
+
+def test_a_slice_of_a_wider_tensor() -> None:
+    wide, angle = torch.randn(2, 3, 9), torch.randn(3, 2)
+    x = wide[..., 1:5]
+    torch.testing.assert_close(rotary(x, angle.cos(), angle.sin()), rotary(x.clone(), angle.cos(), angle.sin()))
 
 
 def test_rounds_once() -> None:

@@ -9,7 +9,15 @@ from .. import dispatch
 from ..arguments import FLOATS, require, require_device, require_dtype, shape_of
 
 NAME = "rotary"
-dispatch.operator(NAME, {"reference": f"{__name__}.reference:rotary", "triton": f"{__name__}.triton:rotary"})
+dispatch.operator(
+    NAME,
+    {
+        "reference": f"{__name__}.reference:rotary",
+        "triton": f"{__name__}.triton:rotary",
+        "torch": f"{__name__}.complex_product:rotary",
+    },
+    elsewhere=("torch", "reference"),
+)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

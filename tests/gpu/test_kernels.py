@@ -1,0 +1,150 @@
+"""The operators compiled on a GPU: the interpreter's cases at once, then real sizes, CUDA graphs and torch.compile."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepwright_kernels import (
+    backend_for,
+    configure,
+    dispatch,
+    grouped_linear,
+    linear_cross_entropy,
+    mla_paged_decode,
+    rms_norm,
+    rotary,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; there is none here"),
+]
+
+
+def test_the_interpreters_cases_compiled() -> None:
+    cases = Path(__file__).parents[1] / "kernels" / "triton_cases.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(cases), "-q", "-p", "no:cacheprovider"],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+
+
+def test_auto_takes_the_kernels() -> None:
+    x = torch.zeros(1, device="cuda")
+    assert {name: backend_for(name, x) for name in ("rms_norm", "rotary", "mla_paged_decode")} == {
+        "rms_norm": "triton",
+        "rotary": "triton",
+        "mla_paged_decode": "triton",
+    }
+
+
+@pytest.mark.parametrize("width", [128, 2048, 7168])
+def test_rms_norm_at_real_widths(width: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4096, width, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(width, device="cuda", requires_grad=True)
+    upstream = torch.randn_like(x)
+    have = torch.autograd.grad(rms_norm(x, weight), (x, weight), upstream)
+    want = torch.autograd.grad(dispatch.load("rms_norm", "reference")(x, weight, 1e-6), (x, weight), upstream)
+    for a, b in zip(have, want, strict=True):
+        assert (a.float() - b.float()).norm() / b.float().norm() < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "queries", "length"), [(4, 16, 1, 1000), (2, 128, 2, 333), (1, 128, 1, 4096)]
+)
+def test_mla_paged_decode_at_deepseeks_sizes(batch: int, heads: int, queries: int, length: int) -> None:
+    torch.manual_seed(0)
+    latent, rope, block = 512, 64, 64
+    pages = -(-length // block)
+    cache_NW = torch.randn((batch * pages + 1) * block, latent + rope, device="cuda").bfloat16()
+    blocks_BP = (torch.randperm(batch * pages, device="cuda") + 1).view(batch, pages)
+    lengths_B = torch.full((batch,), length, device="cuda")
+    positions_BQ = lengths_B[:, None] - queries + torch.arange(queries, device="cuda")
+    q_latent = torch.randn(batch, queries, heads, latent, device="cuda").bfloat16()
+    q_rope = torch.randn(batch, queries, heads, rope, device="cuda").bfloat16()
+    arguments = (q_latent, q_rope, cache_NW, blocks_BP, positions_BQ, lengths_B, block, 192**-0.5)
+    have = mla_paged_decode(*arguments)
+    want = dispatch.load("mla_paged_decode", "reference")(*arguments)
+    assert (have.float() - want.float()).norm() / want.float().norm() < 0.01
+
+
+def test_linear_cross_entropy_needs_an_eighth_of_the_memory_of_the_logits() -> None:
+    tokens, width, vocabulary = 8192, 512, 65536
+    torch.manual_seed(0)
+    hidden_TD = torch.randn(tokens, width, device="cuda").bfloat16().requires_grad_()
+    weight_VD = (torch.randn(vocabulary, width, device="cuda") * 0.05).bfloat16().requires_grad_()
+    targets_T = torch.randint(vocabulary, (tokens,), device="cuda")
+    upstream_T = torch.randn(tokens, device="cuda")
+    gradients, peaks = [], []
+    for function in (dispatch.load("linear_cross_entropy", "reference"), linear_cross_entropy):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss_T, _ = function(hidden_TD, weight_VD, targets_T)
+        gradients.append(torch.autograd.grad(loss_T, (hidden_TD, weight_VD), upstream_T))
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    for have, want in zip(gradients[1], gradients[0], strict=True):
+        assert (have.float() - want.float()).norm() / want.float().norm() < 0.02
+    assert peaks[0] > 8 * peaks[1]
+
+
+@pytest.mark.parametrize("inputs", [256, 100])
+def test_grouped_linear_with_empty_groups_and_no_host_synchronisation(inputs: int) -> None:
+    torch.manual_seed(0)
+    counts = torch.tensor([100, 0, 300, 1, 0, 623])
+    ends_E = counts.cumsum(0).int().cuda()
+    x_TK = torch.randn(int(counts.sum()), inputs, device="cuda").bfloat16().requires_grad_()
+    weight_ENK = torch.randn(len(counts), 128, inputs, device="cuda").bfloat16().requires_grad_()
+    upstream_TN = torch.randn(len(x_TK), 128, device="cuda").bfloat16()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y_TN = grouped_linear(x_TK, weight_ENK, ends_E)
+        have = (y_TN, *torch.autograd.grad(y_TN, (x_TK, weight_ENK), upstream_TN))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want_TN = dispatch.load("grouped_linear", "reference")(x_TK, weight_ENK, ends_E)
+    want = (want_TN, *torch.autograd.grad(want_TN, (x_TK, weight_ENK), upstream_TN))
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
+
+
+def test_a_cuda_graph_replays_the_kernels() -> None:
+    x = torch.randn(64, 256, device="cuda")
+    weight, angle = torch.randn(256, device="cuda"), torch.randn(64, 128, device="cuda")
+    cos, sin = angle.cos(), angle.sin()
+
+    def model() -> torch.Tensor:
+        return rotary(rms_norm(x, weight), cos, sin)
+
+    model()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = model()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(captured, model())
+
+
+def test_inductor_goes_through_the_kernels_whole() -> None:
+    x = torch.randn(64, 256, device="cuda", requires_grad=True)
+    weight, angle = torch.randn(256, device="cuda", requires_grad=True), torch.randn(64, 128, device="cuda")
+    cos, sin = angle.cos(), angle.sin()
+
+    def model(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (rotary(rms_norm(x * 2, weight), cos, sin).sin() + x).sum()
+
+    have = torch.autograd.grad(torch.compile(model, fullgraph=True)(x, weight), (x, weight))
+    with configure({"*": "reference"}):
+        want = torch.autograd.grad(model(x, weight), (x, weight))
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
