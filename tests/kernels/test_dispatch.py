@@ -108,7 +108,11 @@ def test_torch_compile_sees_through_the_dispatch() -> None:
     experts, ends = torch.randn(2, 8, 8).bfloat16(), torch.tensor([1, 4], dtype=torch.int32)
 
     def model(x: torch.Tensor) -> torch.Tensor:
-        return grouped_linear(rotary(rms_norm(x, weight), angle.cos(), angle.sin()).bfloat16(), experts, ends).sum()
+        return (
+            grouped_linear(rotary(rms_norm(x, weight), angle.cos(), angle.sin()).bfloat16(), experts, ends)
+            .square()
+            .sum()
+        )
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(model(x), x))

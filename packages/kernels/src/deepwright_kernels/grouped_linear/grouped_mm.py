@@ -1,7 +1,8 @@
 """A linear layer for each group of rows by torch's grouped product: no loop over groups, nothing read on the host.
 
 Torch asks that rows of both operands and of the result begin at multiples of 16 bytes, so K and N must be multiples
-of 4 in float32 and of 8 in bfloat16. Sizes that are not are padded with zeros, which costs a copy. torch.compile can trace it in bfloat16 only (torch 2.13).
+of 4 in float32 and of 8 in bfloat16. Sizes that are not are padded with zeros, which costs a copy. torch.compile can
+trace the product in bfloat16 only (torch 2.13).
 
 Shapes: T rows in group order, E groups, K inputs, N outputs.
 """
