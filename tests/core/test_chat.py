@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from deepwright_core import chat
 from deepwright_core.errors import RequestError
 from deepwright_core.tokenizer import Tokenizer
 from deepwright_core.tokenizer.bpe import BpeConfig, train
 from deepwright_core.tokenizer.special import ASSISTANT, BOS, EOS, SPECIAL_TOKENS, THINK_END, THINK_START, USER
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TOKENIZER = train(BpeConfig(vocab_size=320), ["What is 2 + 2? It is 4.", "Be brief, and think."] * 4)
 HARMLESS = st.text(alphabet="abc xyz\n019+-=äß漢.,{}%#", max_size=20)
@@ -49,10 +50,7 @@ def test_the_form_is_deepseeks() -> None:
     assert form(TOKENIZER.chat(messages, thinking="enabled")) == history + THINK_START
     assert form(TOKENIZER.chat(messages, thinking="disabled")) == history + THINK_START + THINK_END
     finished = [*messages, {"role": "assistant", "content": "A2", "reasoning_content": "so"}]
-    assert (
-        form(TOKENIZER.chat(finished, add_generation_prompt=False))
-        == f"{history}{THINK_START}so{THINK_END}A2{EOS}"
-    )
+    assert form(TOKENIZER.chat(finished, add_generation_prompt=False)) == f"{history}{THINK_START}so{THINK_END}A2{EOS}"
 
 
 def test_thinking_written_into_an_earlier_answer_is_taken_out() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from deepwright_core import data
 from deepwright_core.data.document import Document, Dropped
 from deepwright_core.data.manifest import collect, texts
@@ -63,9 +64,7 @@ def test_stdlib_is_deterministic_bounded_and_split_by_file(
     assert len(splits["validation"]) >= 5
 
 
-def test_a_larger_bound_moves_no_file_to_the_other_split(
-    stdlib: list[Document | Dropped], registry: Registry
-) -> None:
+def test_a_larger_bound_moves_no_file_to_the_other_split(stdlib: list[Document | Dropped], registry: Registry) -> None:
     larger = {
         document.source: document.split
         for document in documents(list(registry.build("source", {"name": "stdlib", "max_bytes": 4_000_000})))

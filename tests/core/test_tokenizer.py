@@ -1,4 +1,4 @@
-"""The tokenizer: every text survives, digits stand alone, special tokens cannot be written by a user, training repeats."""
+"""The tokenizer: texts survive, digits stand alone, nobody writes special tokens, training repeats."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from deepwright_core import tokenizer as tokenizer_package
 from deepwright_core.errors import RequestError
 from deepwright_core.registry import Registry
 from deepwright_core.tokenizer import StreamDecoder, Tokenizer
 from deepwright_core.tokenizer.special import SPECIAL_TOKENS
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, 12 times or 345 times.",

@@ -9,7 +9,8 @@
 
 A column shows both digits and, if there is one, the carry (+1) or borrow (-1). A difference that borrows shows its
 ten: `13-8=5` borrows from the next column, `13-8-1=4` was borrowed from as well. The last column of a sum keeps its
-carry. Shorter numbers are filled with 0. With more than two terms each step is headed by what it computes.
+carry. Shorter numbers are filled with 0. With more than two terms, or a negative one, each step is headed by what it
+computes, as `12-30` or, for two negative numbers, `-(18+5)`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+PLAIN = re.compile(r"(\d+) ([+-]) (\d+)")
 TERM = re.compile(r"([+-]?)\s*(-?\d+)")
 
 
@@ -36,16 +38,16 @@ def canonical(metadata: Mapping[str, Any], question: str) -> str:
 
 
 def worked(metadata: Mapping[str, Any], question: str, answer: str) -> str:
-    """The columns of each step, from left to right."""
+    """The columns of each step, from left to right; headed by the step unless it is the question itself."""
     expression = metadata["expression"]
-    first, *rest = terms(expression)
+    if plain := PLAIN.fullmatch(expression):
+        a, operator, b = plain.groups()
+        return "\n".join(_add(int(a), int(b)) if operator == "+" else _subtract(int(a), int(b)))
+    total, *rest = terms(expression)
     lines: list[str] = []
-    total = first
     for term in rest:
-        head, step = _step(total, term)
-        if head != expression.replace(" ", ""):
-            lines.append(head)
-        lines += step
+        head, columns = _step(total, term)
+        lines += [head, *columns]
         total += term
     return "\n".join(lines)
 
