@@ -1,4 +1,4 @@
-"""The engine with the real model: every attention variant that decodes, against the training form of the same weights."""
+"""The engine with the real model: each attention variant must decode what its training form computes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def model(request: pytest.FixtureRequest) -> Transformer:
 def prompts() -> list[list[int]]:
     draw = random.Random(0)
     trunk = [draw.randrange(VOCABULARY) for _ in range(14)]
-    return [trunk[: draw.randrange(1, 15)] + [draw.randrange(VOCABULARY) for _ in range(draw.randrange(8))] for _ in range(9)]
+    return [
+        trunk[: draw.randrange(1, 15)] + [draw.randrange(VOCABULARY) for _ in range(draw.randrange(8))]
+        for _ in range(9)
+    ]
 
 
 @torch.no_grad()
