@@ -73,13 +73,13 @@ def _culprit(message: str, overrides: Sequence[str]) -> str | None:
     for override in overrides:
         if override in message:
             return override
-    for override in overrides:
-        key = key_of(override)
-        if key in quoted:
-            return override
     for override in overrides:  # a group choice: the message quotes 'group/option'
         key, _, value = override.partition("=")
         if f"{key.lstrip('+~').split('@')[0]}/{value}" in quoted:
+            return override
+    for override in overrides:
+        key = key_of(override)
+        if key in quoted:
             return override
     for override in overrides:  # a key below a value that has no keys
         if key_of(override) in message:

@@ -6,13 +6,16 @@ Here are the protocol and the two forms that need no server or database. MLflow'
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deepwright_core.tracking import JsonlTracker, Tracker
 
 from .request import Request
+
+if TYPE_CHECKING:
+    from .runner import Outcome
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -32,23 +35,25 @@ class StageTracking(Tracker, Protocol):
     def finish(self, record: Mapping[str, Any], directory: Path) -> None:
         """The stage is done; `record` is its result.json."""
 
-    def fail(self) -> None:
-        """The stage failed or was stopped."""
+    def fail(self, status: str = "FAILED") -> None:
+        """The stage failed, or was stopped ("KILLED")."""
 
 
 class RunTracking(Protocol):
     """The record of a whole run."""
 
-    def start(self, request: Request, directory: Path, links: Mapping[str, str]) -> None:
+    def start(self, request: Request, directory: Path, links: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """The run begins; `directory` holds its config and log."""
 
-    def stage(self, name: str, identity: str, directory: Path, made_from: Mapping[str, Any]) -> StageTracking:
+    def stage(
+        self, name: str, identity: str, directory: Path, made_from: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> StageTracking:
         """A tracker for a stage; the same record goes on when the stage does."""
 
     def reused(self, name: str, identity: str, directory: Path, record: Mapping[str, Any]) -> str:
         """A stage was done before; returns the address of the record that it made then."""
 
-    def finish(self, status: str, summary: str) -> None:
+    def finish(self, status: str, summary: str, outcomes: Sequence[Outcome]) -> None:
         """The run ends as "done", "failed" or "stopped"."""
 
     def address(self) -> str:
@@ -102,7 +107,7 @@ class _PlainStage:
     def finish(self, record: Mapping[str, Any], directory: Path) -> None:
         return
 
-    def fail(self) -> None:
+    def fail(self, status: str = "FAILED") -> None:
         return
 
 
@@ -128,16 +133,18 @@ class PlainTracking:
     def __init__(self, name: str) -> None:
         self._silent = name == "none"
 
-    def start(self, request: Request, directory: Path, links: Mapping[str, str]) -> None:
+    def start(self, request: Request, directory: Path, links: Mapping[str, str], tags: Mapping[str, str]) -> None:
         return
 
-    def stage(self, name: str, identity: str, directory: Path, made_from: Mapping[str, Any]) -> StageTracking:
+    def stage(
+        self, name: str, identity: str, directory: Path, made_from: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> StageTracking:
         return _SilentStage() if self._silent else _PlainStage(directory)
 
     def reused(self, name: str, identity: str, directory: Path, record: Mapping[str, Any]) -> str:
         return ""
 
-    def finish(self, status: str, summary: str) -> None:
+    def finish(self, status: str, summary: str, outcomes: Sequence[Outcome]) -> None:
         return
 
     def address(self) -> str:

@@ -63,6 +63,7 @@ class Outcome:
     seconds: float
     joules: float
     measured: bool
+    inputs: Mapping[str, Path]
     tracked_at: str = ""
 
     @property
@@ -79,6 +80,7 @@ class Run:
     tracking: RunTracking
     progress: Progress
     say: Callable[[str], None] = log.info
+    tags: dict[str, str] = field(default_factory=dict)
     on_tracking: Callable[[StageTracking | None], None] = lambda tracking: None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
@@ -125,7 +127,7 @@ class Run:
         self._tell("deepwright_stage_end", event)
         tracked_at = self.tracking.reused(step.name, step.identity, step.directory.path, done.record)
         return Outcome(
-            step.name, step.identity, step.directory.path, done, True, done.seconds, 0.0, False, tracked_at
+            step.name, step.identity, step.directory.path, done, True, done.seconds, 0.0, False, step.inputs, tracked_at
         )
 
     def _make(self, step: Step) -> Outcome:
@@ -134,20 +136,21 @@ class Run:
             step.directory.clear()
         step.directory.enter(step.made_from)
         self._tell("deepwright_stage_start", StageEvent(step.name, step.identity, step.directory.path))
-        tracking = self.tracking.stage(step.name, step.identity, step.directory.path, step.made_from)
+        tracking = self.tracking.stage(step.name, step.identity, step.directory.path, step.made_from, self.tags)
         self.on_tracking(tracking)
         meter = energy.Meter(self.request.run.cpu_watts)
         started = time.monotonic()
-        status = "failed"
-        metrics: Mapping[str, float] = {}
+        status, metrics = "stopped", dict[str, float]()
         try:
             with self._explained(step):
                 result = self._run(step, tracking)
                 seconds = time.monotonic() - started
                 used = meter.read(seconds)
                 facts = {"joules": used.joules, "joules_measured": used.measured, "tracking": tracking.reference()}
-                finished = step.directory.finish(result, seconds, facts)
-                tracking.finish(finished.record, step.directory.path)
+                record = step.directory.describe(result, seconds, facts)
+                # The tracker first: a stage that is cut off in between is entered again and tells it again.
+                tracking.finish(record, step.directory.path)
+                finished = step.directory.finish(record)
             status, metrics = "done", dict(result.metrics)
             return Outcome(
                 step.name,
@@ -158,12 +161,16 @@ class Run:
                 seconds,
                 used.joules,
                 used.measured,
+                step.inputs,
                 tracking.address(),
             )
+        except (RequestError, WorkError):
+            status = "failed"
+            raise
         finally:
             self.on_tracking(None)
-            if status == "failed":
-                tracking.fail()
+            if status != "done":
+                tracking.fail("FAILED" if status == "failed" else "KILLED")
             event = StageEvent(step.name, step.identity, step.directory.path, status, metrics)
             self._tell("deepwright_stage_end", event)
 

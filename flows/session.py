@@ -68,6 +68,7 @@ def run(
     *,
     carry_out: CarryOut = straight,
     links: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> Report:
     """Run the request's stages. Raises `RequestError` or `WorkError`."""
     started = time.monotonic()
@@ -83,16 +84,16 @@ def run(
         flusher = FlushAtCheckpoints()
         plugins.manager.register(flusher)
         try:
-            tracking.start(request, directory, report.links)
-            the_run = Run(request, plugins, tracking, display, display.say, flusher.watch)
+            tracking.start(request, directory, report.links, tags or {})
+            if tracking.address():
+                report.links["tracking"] = tracking.address()
+            the_run = Run(request, plugins, tracking, display, display.say, dict(tags or {}), flusher.watch)
             for stage in request.stages:
                 display.stage(stage.name)
                 outcome = carry_out(the_run, the_run.prepare(stage))
                 report.outcomes.append(outcome)
                 display.close()
                 display.say(_line(outcome))
-            if tracking.address():
-                report.links["tracking"] = tracking.address()
             status = "done"
             return report
         except (RequestError, WorkError) as error:
@@ -120,7 +121,7 @@ def run(
             tell(plugins, "deepwright_run_end", event, display.say)
             try:
                 write_atomically(directory / "summary.md", f"{request.target}: {status}\n\n{report.markdown}\n")
-                tracking.finish(status, report.markdown)
+                tracking.finish(status, report.markdown, report.outcomes)
             except Exception as error:
                 log.exception("the record of the run could not be closed")
                 display.say(f"The record of the run could not be closed: {error}")

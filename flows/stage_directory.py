@@ -67,10 +67,10 @@ class StageDirectory:
         except (ValueError, KeyError, TypeError, AttributeError):
             return None, f"{self.path / RESULT_FILE} cannot be read"
 
-    def finish(self, result: StageResult, seconds: float, facts: Mapping[str, Any]) -> Finished:
-        """Record a result; from here on the stage is done."""
+    def describe(self, result: StageResult, seconds: float, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """What result.json will say."""
         files = {name: fingerprint.record(self.path / relative) for name, relative in result.outputs.items()}
-        record = {
+        return {
             "stage": self.stage,
             "identity": self.identity,
             "outputs": dict(result.outputs),
@@ -84,7 +84,10 @@ class StageDirectory:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **facts,
         }
-        write_atomically(self.path / RESULT_FILE, json.dumps(record, indent=1))
+
+    def finish(self, record: Mapping[str, Any]) -> Finished:
+        """Write the result; from here on the stage is done."""
+        write_atomically(self.path / RESULT_FILE, json.dumps(dict(record), indent=1))
         finished, why = self.finished()
         assert finished is not None, why
         return finished

@@ -53,19 +53,24 @@ def places(outcomes: Sequence[Outcome], root: Path, links: Mapping[str, str]) ->
     """(what, where) lines: directories, the tracker's and the workflow's pages, and the next command."""
     lines = [(f"{o.stage}", str(o.directory)) for o in outcomes]
     lines += list(links.items())
-    model = last_model(outcomes)
+    model = final_model(outcomes)
     if model is not None:
-        lines.append(("chat", f"deepwright serve {model}"))
+        lines.append(("chat", f"deepwright serve {model[0]}"))
     return lines
 
 
-def last_model(outcomes: Sequence[Outcome]) -> Path | None:
-    """The model directory made last, if a stage made one."""
+def _is_model(path: Path) -> bool:
+    return (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file()
+
+
+def final_model(outcomes: Sequence[Outcome]) -> tuple[Path, Outcome] | None:
+    """The model that the last stage made or used, and the stage that made it; None when there is none."""
+    makers = {o.directory / relative: o for o in outcomes for relative in o.result.outputs.values()}
     for outcome in reversed(outcomes):
-        for relative in outcome.result.outputs.values():
-            path = outcome.directory / relative
-            if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
-                return path
+        made = [outcome.directory / relative for relative in outcome.result.outputs.values()]
+        for path in [*made, *outcome.inputs.values()]:
+            if _is_model(path) and path in makers:
+                return path, makers[path]
     return None
 
 
