@@ -49,3 +49,16 @@ def end(child: subprocess.Popen[Any], grace_seconds: float = 8.0) -> None:
             if signal_number == signal.SIGTERM:
                 continue  # the leader is gone; whoever is left in its group follows
     child.wait()
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m flows.lifeline MODULE ...`: run a module that knows nothing of this, on the lifeline."""
+    import runpy
+
+    hold()
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
