@@ -44,7 +44,7 @@ def model_directory(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFacto
         hidden_size=32,
         layers=2,
         intermediate_size=64,
-        max_positions=256,
+        max_positions=65536,
         init_std=0.3,
         attention={"name": "gqa", "heads": 2, "kv_heads": 1, "head_dim": 16},
         ffn={"name": "dense"},

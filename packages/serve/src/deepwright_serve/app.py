@@ -226,7 +226,11 @@ def create_app(service: Service) -> Edge:
         opened = prompt[-1] == tokenizer.think_start_id
         answers = [Answer(tokenizer, stops=request.stops, thinking=opened) for _ in params]
         generation = Generation(service.thread, [prompt] * len(params), params, answers, http.state.tenant)
-        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+        head: dict[str, Any] = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.name,
+        }
         if request.stream:
             return EventStream(generation, _chat_chunks(generation, head, request.wants_usage), service.limits)
         reasons = await _finish(http, generation, service.limits)
@@ -262,7 +266,11 @@ def create_app(service: Service) -> Edge:
             prompts += [prompt] * len(of_prompt)
         answers = [Continuation(service.tokenizer, stops=request.stops) for _ in params]
         generation = Generation(service.thread, prompts, params, answers, http.state.tenant)
-        head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+        head: dict[str, Any] = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.name,
+        }
         if request.stream:
             return EventStream(generation, _text_chunks(generation, head, request.wants_usage), service.limits)
         reasons = await _finish(http, generation, service.limits)

@@ -43,6 +43,8 @@ log = logging.getLogger("deepwright.serve")
 PORT = 8000
 CACHE_TOKENS = 65536
 BLOCK_SIZE = 16
+# Beyond the limit for draining: the step in progress and the last words to each client.
+CUT_OFF_SECONDS = 10
 
 
 def serve(
@@ -89,7 +91,12 @@ def load_service(
     directory: Path, *, name: str, device: str, precision: str, cache_tokens: int, limits: Limits
 ) -> Service:
     """Model, tokenizer and engine of a model directory."""
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise RequestError(f"--device is '{device}'; expected auto, cpu, cuda or cuda:N.") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"--device is '{device}'; this machine has {torch.cuda.device_count()} CUDA devices.")
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -174,6 +181,16 @@ class GracefulServer(uvicorn.Server):
         if self.started:
             self._ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let what runs finish within the limit; then tell it that it was cut off."""
+        limit = asyncio.get_running_loop().call_later(
+            self._service.limits.drain_seconds, self._service.thread.interrupt
+        )
+        try:
+            await super().shutdown(sockets)
+        finally:
+            limit.cancel()
+
 
 def run(
     service: Service, listener: socket.socket, *, address_file: Path | None = None, end_with_stdin: bool = False
@@ -198,7 +215,8 @@ def run(
         access_log=False,
         server_header=False,
         limit_concurrency=limits.connections,
-        timeout_graceful_shutdown=max(1, round(limits.drain_seconds)),
+        # After ours: this one cuts connections without a word.
+        timeout_graceful_shutdown=int(limits.drain_seconds) + CUT_OFF_SECONDS,
     )
     server = GracefulServer(config, service, ready)
     if end_with_stdin:
@@ -215,7 +233,8 @@ def run(
 
 
 def _end_with_stdin(server: GracefulServer) -> None:
-    while sys.stdin.buffer.read(4096):
+    # Not sys.stdin: a thread that waits inside its buffer would hold the lock that the interpreter needs to end.
+    while os.read(0, 4096):
         pass
     server.handle_exit(signal.SIGTERM, None)
 

@@ -20,14 +20,18 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    body_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="largest request body")
-    body_seconds: float = Field(30.0, gt=0, description="time a client has to send its body")
-    prompt_tokens: int | None = Field(None, ge=1, description="longest prompt (default: what the model can take)")
-    output_tokens: int | None = Field(None, ge=1, description="most tokens of one answer (default: as for prompts)")
-    default_output_tokens: int = Field(1024, ge=1, description="max_tokens of a request that names none")
-    running: int = Field(64, ge=1, le=4096, description="answers generated at the same time")
-    waiting: int = Field(256, ge=0, le=65536, description="answers that may wait; more are refused with 429")
-    request_seconds: float = Field(600.0, gt=0, description="deadline of a request, waiting included")
-    health_seconds: float = Field(10.0, gt=0, description="deadline within which /health must see a token")
-    drain_seconds: float = Field(20.0, gt=0, description="time that running requests have after SIGTERM")
-    connections: int = Field(2048, ge=1, description="connections open at the same time")
+    body_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 28, description="largest request body")
+    body_seconds: float = Field(default=30.0, gt=0, description="time a client has to send its body")
+    prompt_tokens: int | None = Field(
+        default=None, ge=1, description="longest prompt (default: what the model can take)"
+    )
+    output_tokens: int | None = Field(
+        default=None, ge=1, description="most tokens of one answer (default: as for prompts)"
+    )
+    default_output_tokens: int = Field(default=1024, ge=1, description="max_tokens of a request that names none")
+    running: int = Field(default=64, ge=1, le=4096, description="answers generated at the same time")
+    waiting: int = Field(default=256, ge=0, le=65536, description="answers that may wait; more are refused with 429")
+    request_seconds: float = Field(default=600.0, gt=0, description="deadline of a request, waiting included")
+    health_seconds: float = Field(default=10.0, gt=0, description="deadline within which /health must see a token")
+    drain_seconds: float = Field(default=20.0, gt=0, description="time that running requests have after SIGTERM")
+    connections: int = Field(default=2048, ge=1, description="connections open at the same time")

@@ -93,10 +93,14 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
+    def interrupt(self) -> None:
+        """End after the step in progress; what still runs is told so."""
+        self._inbox.put(("stop", None))
+
     async def stop(self, limit: float = 10.0) -> None:
-        """End after the step in progress; what still runs is cancelled."""
+        """Interrupt, and wait until the thread has ended."""
         if self._thread is not None:
-            self._inbox.put(("stop", None))
+            self.interrupt()
             await asyncio.to_thread(self._thread.join, limit)
 
     def submit(self, tickets: Iterable[Ticket]) -> None:

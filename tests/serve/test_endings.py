@@ -1,0 +1,170 @@
+"""Requests that end before their answer: hang-ups, deadlines, full queues, failing steps. Nothing may stay behind."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from deepwright_core import plugins
+from deepwright_core.engine import Engine
+from deepwright_core.model.directory import load_model
+from deepwright_core.tokenizer import Tokenizer
+from deepwright_serve.app import Service
+from deepwright_serve.limits import Limits
+
+LONG = "on and on " * 20
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], **fields}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_hanging_up_cancels(serve_script: Callable[..., Any], stream: bool) -> None:
+    server = serve_script(LONG)
+    server.engine.gate.clear()
+
+    async def hang_up() -> None:
+        async with httpx.AsyncClient(base_url=server.address, trust_env=False) as client:
+            task = asyncio.create_task(client.post("/v1/chat/completions", json=body(n=3, stream=stream)))
+            while len(server.engine.running) < 3:
+                await asyncio.sleep(0.005)
+            task.cancel()
+
+    asyncio.run(hang_up())
+    # The engine never generated a token, so only the hang-up can have ended them.
+    server.until_idle()
+    assert sorted(server.engine.cancelled) == [0, 1, 2]
+
+
+def test_a_full_queue_is_429_and_room_comes_back(serve_script: Callable[..., Any]) -> None:
+    server = serve_script(running=2, waiting=1)
+    server.engine.gate.clear()
+    replies: list[httpx.Response] = []
+    threads = [threading.Thread(target=lambda: replies.append(server.chat())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until(lambda: server.service.thread.open == 3)
+    for stream in (False, True):
+        refused = server.chat(stream=stream)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert server.client.get("/ready").status_code == 503
+    server.engine.gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert [reply.status_code for reply in replies] == [200, 200, 200]
+    assert server.chat().status_code == 200 and server.client.get("/ready").status_code == 200
+    # All or nothing: what could never fit is told at once.
+    assert server.chat(n=4).status_code == 400
+
+
+def test_a_deadline_ends_the_work(serve_script: Callable[..., Any]) -> None:
+    server = serve_script(LONG, request_seconds=0.2)
+    server.engine.gate.clear()
+    late = server.chat()
+    assert late.status_code == 504 and late.json()["error"]["code"] == "deadline_exceeded"
+    server.until_idle()
+    events = server.chat(stream=True).text.split("\n\n")
+    assert "deadline_exceeded" in events[-3] and events[-2] == "data: [DONE]"
+    server.until_idle()
+
+
+def test_health_wants_a_token(serve_script: Callable[..., Any]) -> None:
+    server = serve_script(health_seconds=0.2)
+    assert server.client.get("/health").json() == {"status": "ok"}
+    assert server.engine.asked[0][1].max_tokens == 1
+    server.engine.gate.clear()
+    server.service.thread.last_token_at = -1e9
+    stuck = server.client.get("/health")
+    assert stuck.status_code == 503 and stuck.json()["error"]["code"] == "engine_stuck"
+    server.until_idle()
+
+
+def test_a_failed_step_fails_its_requests_and_no_others(serve_script: Callable[..., Any]) -> None:
+    server = serve_script()
+    server.engine.fail = 1
+    failed = server.chat()
+    assert failed.status_code == 500 and "on fire" in failed.json()["error"]["message"]
+    assert server.chat().status_code == 200
+    server.engine.fail = 1
+    assert "on fire" in server.chat(stream=True).text
+    server.until_idle()
+
+
+def test_an_engine_that_keeps_failing_is_given_up(serve_script: Callable[..., Any]) -> None:
+    server = serve_script()
+    server.engine.fail = 10**6
+    assert [server.chat().status_code for _ in range(4)] == [500, 500, 503, 503]
+    for path in ("/health", "/ready"):
+        assert server.client.get(path).status_code == 503
+    assert server.service.thread.open == 0
+
+
+def test_what_the_engine_refuses_is_a_400(serve_script: Callable[..., Any]) -> None:
+    server = serve_script()
+    server.service.tokenizer = _WithToken(server.service.tokenizer)
+    refused = server.client.post("/v1/completions", json={"model": "tiny", "prompt": [777_777]})
+    assert refused.status_code == 400 and "777777" in refused.json()["error"]["message"]
+    server.until_idle()
+
+
+class _WithToken:
+    """The tokenizer with a larger vocabulary."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = 1_000_000
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def test_a_hundred_requests_with_random_hang_ups_leave_nothing(
+    model_directory: Any, tokenizer: Tokenizer, serve_service: Callable[[Service], Any]
+) -> None:
+    model = load_model(model_directory, plugins.installed().registry)
+    engine = Engine(model, tokenizer.eos_id, cache_tokens=1024, max_batch=16)
+    service = Service(engine, tokenizer, "tiny", 256, Limits(running=16, waiting=200))
+    random.seed(5)
+
+    async def one(client: httpx.AsyncClient, number: int) -> str:
+        fields = body(stream=number % 2 == 0, max_tokens=random.randint(1, 60), seed=number, n=1 + number % 2)
+        work = client.post("/v1/chat/completions", json=fields)
+        if number % 3:
+            return str((await work).status_code)
+        try:
+            await asyncio.wait_for(work, random.uniform(0.001, 0.5))
+        except TimeoutError:
+            return "hung up"
+        return "200"
+
+    async def all_at_once(address: str) -> list[str]:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=address, timeout=60, limits=limits, trust_env=False) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(100)))
+
+    with serve_service(service) as server:
+        outcomes = asyncio.run(all_at_once(server.address))
+        server.until_idle()
+        assert outcomes.count("hung up") > 0 and set(outcomes) == {"200", "hung up"}
+        assert engine.stats.running == engine.stats.waiting == 0
+        # What is left in the cache belongs to nobody: the whole of it can be given to new requests.
+        again = server.client.post("/v1/chat/completions", json=body(max_tokens=200, n=4))
+        assert again.status_code == 200
+        greedy = [server.chat(temperature=0, max_tokens=30).json()["choices"][0]["message"] for _ in range(2)]
+        assert greedy[0] == greedy[1]
