@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+MISSING = [name for name in ("triton", "numpy") if importlib.util.find_spec(name) is None]
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+@pytest.mark.skipif(bool(MISSING), reason=f"triton's interpreter needs {' and '.join(MISSING)}, which is not installed")
 def test_triton_kernels_in_the_interpreter() -> None:
     cases = Path(__file__).with_name("triton_cases.py")
     done = subprocess.run(

@@ -1,0 +1,114 @@
+"""Run a package's own tests as if only its declared dependencies were installed.
+
+    python -m tests.isolated kernels [pytest arguments]     its tests
+    python -m tests.isolated kernels --import-only          only import each of its modules
+
+The allowed distributions are the package's declared dependencies, theirs in turn, and the tools that tests are written
+with. Everything else that is installed vanishes, for imports and for `importlib.metadata` alike, in the child process
+and its children: `tests/isolation/sitecustomize.py` does it at start-up. Nothing is installed, so this takes no longer
+than the tests. Leaves out: versions. That the lowest declared ones work is not shown by this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis")
+ISOLATION_VARIABLE = "DEEPWRIGHT_ISOLATION"
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    if module.name.endswith(".triton") and not importlib.util.find_spec("triton"):
+        continue
+    if not module.name.endswith(".__main__"):
+        importlib.import_module(module.name)
+"""
+
+
+@cache
+def packages() -> dict[str, list[str]]:
+    """Our own distributions -> what their pyproject.toml declares (an editable installation may remember less)."""
+    read = [tomllib.loads(path.read_text())["project"] for path in (ROOT / "packages").glob("*/pyproject.toml")]
+    return {project["name"]: project.get("dependencies", []) for project in read}
+
+
+@cache
+def import_names() -> dict[str, set[str]]:
+    """Import name -> canonical names of the distributions that provide it."""
+    names = {name: {canonicalize_name(owner) for owner in owners} for name, owners in packages_distributions().items()}
+    # An editable installation does not say which import names it provides; ours follow from the distribution's.
+    return names | {name.replace("-", "_"): {name} for name in packages()} | {"flows": {"deepwright"}}
+
+
+def closure(names: Iterable[str]) -> set[str]:
+    """These distributions and all that they depend on, as far as they are installed. Names are canonical."""
+    found: set[str] = set()
+    waiting = [Requirement(name) for name in names]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        requirement = waiting.pop()
+        key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            declared = packages().get(requirement.name) or distribution(requirement.name).requires or []
+        except PackageNotFoundError:
+            continue
+        found.add(key[0])
+        extras = [{"extra": extra} for extra in requirement.extras] or [{"extra": ""}]
+        for line in declared:
+            inner = Requirement(line)
+            if inner.marker is None or any(inner.marker.evaluate(extra) for extra in extras):
+                waiting.append(inner)
+    return found
+
+
+def isolation(package: str) -> dict[str, list[str]]:
+    """What the child process may see: distributions, and the import names that belong to others only."""
+    allowed = closure([f"deepwright-{package}", *TEST_TOOLS])
+    hidden = [name for name, owners in import_names().items() if not owners & allowed]
+    return {"distributions": sorted(allowed), "hidden": sorted(hidden)}
+
+
+def run(package: str, arguments: list[str], import_only: bool = False) -> int:
+    """Run in a child process; returns its exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "isolation.json"
+        path.write_text(json.dumps(isolation(package)))
+        paths = [str(ROOT / "tests" / "isolation"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, ISOLATION_VARIABLE: str(path), "PYTHONPATH": os.pathsep.join(paths)}
+        if import_only:
+            command = [sys.executable, "-c", IMPORT_ALL, f"deepwright_{package}"]
+        else:
+            command = [sys.executable, "-m", "pytest", f"tests/{package}", "-p", "no:cacheprovider", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def main() -> None:
+    known = sorted(path.name for path in (ROOT / "packages").iterdir() if (path / "pyproject.toml").is_file())
+    parser = argparse.ArgumentParser(prog="python -m tests.isolated", description=__doc__.partition("\n")[0])
+    parser.add_argument("package", choices=known)
+    parser.add_argument("--import-only", action="store_true")
+    options, arguments = parser.parse_known_args()
+    sys.exit(run(options.package, arguments, options.import_only))
+
+
+if __name__ == "__main__":
+    main()
