@@ -111,17 +111,17 @@ def test_sigterm_lets_a_short_answer_finish_and_cuts_a_long_one(model_directory:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "stream": True, "temperature": 0}
     try:
         assert httpx.get(f"{server.address}/health").status_code == 200
-        with httpx.Client(base_url=server.address, timeout=60) as client:
-            with (
-                client.stream("POST", "/v1/chat/completions", json=body | {"max_tokens": 60_000}) as long,
-                client.stream("POST", "/v1/chat/completions", json=body | {"max_tokens": 20}) as short,
-            ):
-                from_long, from_short = long.iter_raw(), short.iter_raw()
-                next(from_long), next(from_short)
-                os.kill(server.pid, signal.SIGTERM)
-                assert b"".join(from_short).endswith(b"data: [DONE]\n\n")
-                cut_off = b"".join(from_long).decode()
-                assert '"code":"engine_failed"' in cut_off and "shutting down" in cut_off
+        with (
+            httpx.Client(base_url=server.address, timeout=60) as client,
+            client.stream("POST", "/v1/chat/completions", json=body | {"max_tokens": 60_000}) as long,
+            client.stream("POST", "/v1/chat/completions", json=body | {"max_tokens": 20}) as short,
+        ):
+            from_long, from_short = long.iter_raw(), short.iter_raw()
+            next(from_long), next(from_short)
+            os.kill(server.pid, signal.SIGTERM)
+            assert b"".join(from_short).endswith(b"data: [DONE]\n\n")
+            cut_off = b"".join(from_long).decode()
+            assert '"code":"engine_failed"' in cut_off and "shutting down" in cut_off
         assert server.process.wait(30) == 0
     finally:
         server.stop(5)
