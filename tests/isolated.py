@@ -3,8 +3,8 @@
     python -m tests.isolated kernels [pytest arguments]     its tests
     python -m tests.isolated kernels --import-only          only import each of its modules
 
-The allowed distributions are the package's declared dependencies, theirs in turn, and the tools that tests are written
-with. Everything else that is installed vanishes, for imports and for `importlib.metadata` alike, in the child process
+The allowed distributions are the package's declared dependencies, theirs in turn, its extra `test`, and the tools that
+tests are written with. Everything else that is installed vanishes, for imports and for `importlib.metadata` alike, in the child process
 and its children: `tests/isolation/sitecustomize.py` does it at start-up. Nothing is installed, so this takes no longer
 than the tests. Leaves out: versions. That the lowest declared ones work is not shown by this.
 """
@@ -45,7 +45,11 @@ for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
 def packages() -> dict[str, list[str]]:
     """Our own distributions -> what their pyproject.toml declares (an editable installation may remember less)."""
     read = [tomllib.loads(path.read_text())["project"] for path in (ROOT / "packages").glob("*/pyproject.toml")]
-    return {project["name"]: project.get("dependencies", []) for project in read}
+    return {
+        # An extra called `test` is for what a package's own tests need and the package does not.
+        project["name"]: [*project.get("dependencies", []), *project.get("optional-dependencies", {}).get("test", [])]
+        for project in read
+    }
 
 
 @cache

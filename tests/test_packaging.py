@@ -94,7 +94,8 @@ def owners(name: str) -> set[str]:
 def declared(name: str, extras: bool = False) -> set[str]:
     lines = list(project(name).get("dependencies", []))
     if extras:
-        lines += [line for extra in project(name).get("optional-dependencies", {}).values() for line in extra]
+        optional = project(name).get("optional-dependencies", {})
+        lines += [line for extra, required in optional.items() if extra != "test" for line in required]
     return {canonicalize_name(Requirement(line).name) for line in lines}
 
 
