@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import openai
 import pytest
 
 from deepwright_core.tokenizer import Tokenizer
+from deepwright_serve.protocol import ChatChunk, ChunkChoice
 
 THOUGHT = "<think>17 + 25</think>The answer is 42."
 
@@ -175,3 +177,15 @@ def test_plain_completions(serve_script: Callable[..., Any], tokenizer: Tokenize
     chunks = list(api.create(model="tiny", prompt="x", stream=True, stream_options={"include_usage": True}))
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == " is 42."
     assert chunks[-1].usage.completion_tokens == len(tokenizer.encode(" is 42.")) + 1
+
+
+def test_every_chunk_has_the_form_that_the_protocol_declares(serve_script: Callable[..., Any]) -> None:
+    server = serve_script(THOUGHT)
+    for fields in ({}, {"stream_options": {"include_usage": True}}):
+        events = server.chat(stream=True, n=2, **fields).text.split("\n\n")
+        for event in events[:-2]:
+            chunk = ChatChunk.model_validate_json(event.removeprefix("data: "))
+            given = json.loads(event.removeprefix("data: "))
+            assert set(given) == set(ChatChunk.model_fields) - (set() if fields else {"usage"})
+            assert all(set(choice) == set(ChunkChoice.model_fields) for choice in given["choices"])
+            assert chunk.object == "chat.completion.chunk" and chunk.model == "tiny"

@@ -29,13 +29,11 @@ from .generation import Generation, HungUp, unless_hung_up
 from .keys import Keys
 from .limits import Limits
 from .protocol import (
-    AnswerDelta,
     AnswerMessage,
     ChatChoice,
     ChatChunk,
     ChatReply,
     ChatRequest,
-    ChunkChoice,
     CompletionReply,
     CompletionRequest,
     GenerationRequest,
@@ -325,34 +323,33 @@ async def _finish(http: Request, generation: Generation, limits: Limits) -> list
 
 async def _chat_chunks(generation: Generation, head: dict[str, Any], usage: bool) -> AsyncIterator[str]:
     """The events of a streamed chat completion, as JSON; an empty string when nothing came for a while."""
-    opening = [
-        ChunkChoice(index=index, delta=AnswerDelta(role="assistant", content=""))
-        for index in range(len(generation.answers))
-    ]
-    yield _chunk(ChatChunk(**head, choices=opening), usage)
+    # Plain dicts in the form of `ChatChunk`: building models for every token would cost more than decoding it.
+    frame = {
+        **ChatChunk(**head, choices=[]).model_dump(mode="json", exclude={"usage"}),
+        **({"usage": None} if usage else {}),
+    }
+
+    def chunk(choices: list[dict[str, Any]]) -> str:
+        return EventStream.dump({**frame, "choices": choices})
+
+    def choice(index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+
+    yield chunk([choice(index, {"role": "assistant", "content": ""}) for index in range(len(generation.answers))])
     async for updates in generation.updates(beat=EventStream.BEAT):
         choices = []
         for update in updates:
-            fields: dict[str, str] = {}
+            delta: dict[str, str] = {}
             if update.delta.reasoning:
-                fields |= {"reasoning_content": update.delta.reasoning, "reasoning": update.delta.reasoning}
+                delta |= {"reasoning_content": update.delta.reasoning, "reasoning": update.delta.reasoning}
             if update.delta.content:
-                fields["content"] = update.delta.content
-            if fields or update.finish_reason:
-                delta = AnswerDelta(**fields)  # type: ignore[arg-type]
-                choices.append(ChunkChoice(index=update.index, delta=delta, finish_reason=update.finish_reason))
+                delta["content"] = update.delta.content
+            if delta or update.finish_reason:
+                choices.append(choice(update.index, delta, update.finish_reason))
         if choices or not updates:
-            yield _chunk(ChatChunk(**head, choices=choices), usage) if choices else ""
+            yield chunk(choices) if choices else ""
     if usage:
         yield ChatChunk(**head, choices=[], usage=generation.usage()).model_dump_json()
-
-
-def _chunk(chunk: ChatChunk, usage: bool) -> str:
-    """A chunk as JSON: a delta shows only what it adds, and usage is there (as null) only when it was asked for."""
-    body = chunk.model_dump(mode="json", exclude=None if usage else {"usage"})
-    for choice in body["choices"]:
-        choice["delta"] = {name: value for name, value in choice["delta"].items() if value is not None}
-    return EventStream.dump(body)
 
 
 async def _text_chunks(generation: Generation, head: dict[str, Any], usage: bool) -> AsyncIterator[str]:

@@ -70,7 +70,8 @@ class Generation:
         """Updates until every answer is finished; an empty list after `beat` seconds in which nothing came."""
         while self._unfinished:
             try:
-                items = [await asyncio.wait_for(self._queue.get(), beat)]
+                async with asyncio.timeout(beat):
+                    items = [await self._queue.get()]
             except TimeoutError:
                 yield []
                 continue
