@@ -4,9 +4,9 @@
     python -m tests.isolated kernels --import-only          only import each of its modules
 
 The allowed distributions are the package's declared dependencies, theirs in turn, its extra `test`, and the tools that
-tests are written with. Everything else that is installed vanishes, for imports and for `importlib.metadata` alike, in the child process
-and its children: `tests/isolation/sitecustomize.py` does it at start-up. Nothing is installed, so this takes no longer
-than the tests. Leaves out: versions. That the lowest declared ones work is not shown by this.
+tests are written with. Everything else that is installed vanishes, for imports and for `importlib.metadata` alike, in
+the child process and its children: `tests/isolation/sitecustomize.py` does it at start-up. Nothing is installed, so
+this takes no longer than the tests. Leaves out: versions. That the lowest declared ones work is not shown by this.
 """
 
 from __future__ import annotations

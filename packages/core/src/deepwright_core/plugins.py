@@ -84,9 +84,10 @@ def load(entries: Iterable[EntryPoint], block: Iterable[str] = ()) -> Plugins:
             continue
         try:
             if manager.has_plugin(entry.name):
+                first = next(str(p) for p in plugins.providers if p.plugin == entry.name)
                 raise RequestError(
-                    f"Two distributions provide a plugin called '{entry.name}'; "
-                    f"{provider.distribution} came second and was left out. Uninstall one."
+                    f"Two distributions provide a plugin called '{entry.name}': {first} and {provider}. "
+                    "The second was left out; uninstall one."
                 )
             plugin = entry.load()
             manager.register(plugin, name=entry.name)
