@@ -19,9 +19,12 @@ def invoke(request: Request, plugins: Plugins, config_file: str = "") -> None:
     from . import prefect_server
 
     with prefect_server.reachable(request.root):
-        from . import pipeline
+        from . import cancellation, pipeline
 
-        pipeline.flow_for(request.target)(overrides=list(request.overrides), config_file=config_file)
+        try:
+            pipeline.flow_for(request.target)(overrides=list(request.overrides), config_file=config_file)
+        finally:
+            cancellation.confirm()
 
 
 def print_summary(request: Request, report: session.Report, show: Display | None = None) -> None:

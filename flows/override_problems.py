@@ -95,10 +95,10 @@ def _near(name: str, known: Sequence[str], everything: bool) -> str:
 
 
 def _near_key(key: str, keys: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.75)
+    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.85)
     parent, _, leaf = key.rpartition(".")
     siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == parent]
-    near += [f"{parent}.{s}".lstrip(".") for s in difflib.get_close_matches(leaf, siblings, n=3, cutoff=0.5)]
+    near += [f"{parent}.{s}".lstrip(".") for s in difflib.get_close_matches(leaf, siblings, n=3, cutoff=0.6)]
     same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
     near = list(dict.fromkeys([*near, *same_leaf]))[:3]
     if near:

@@ -17,7 +17,7 @@ from prefect.context import TaskRunContext
 from prefect.flows import Flow
 from prefect.runtime import flow_run
 
-from . import invoke, request, service_addresses, session
+from . import cancellation, invoke, request, service_addresses, session
 from .form_fields import Algorithm, Attention, Experiment, FeedForward, Model, overrides_for
 from .rich_progress import display
 from .runner import Outcome, Run, Step
@@ -35,7 +35,8 @@ def run_target(target: str, overrides: list[str], config_file: str = "", **chose
     show = display()
     report: session.Report | None = None
     try:
-        report = session.run(checked, plugins, show, carry_out=_as_subflow, links=links, tags=_tags())
+        with cancellation.watched(flow_run.get_id() if servers is not None else None):
+            report = session.run(checked, plugins, show, carry_out=_as_subflow, links=links, tags=_tags())
     finally:
         if report is not None:
             create_markdown_artifact(report.markdown, key="summary", description=f"{target}: what it took and gained")

@@ -133,6 +133,8 @@ class Services:
         except KeyboardInterrupt:
             click.echo("Stopping ...", err=True)
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave a child behind
             service_addresses.remove(self.root)
             for child in reversed(self._children):
                 lifeline.end(child.process)
