@@ -30,7 +30,7 @@ $(STAMP): $(PROJECTS) constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "deepwright needs Python 3.11 or newer; $(PYTHON) is older. Name one: make setup PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	grep -vE '$(if $(TORCH),^(torch|triton)==,^$$)' constraints.txt > $(VENV)/constraints.txt
+	grep -vE '$(if $(TORCH),^(torch|triton)[=><],^$$)' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c $(VENV)/constraints.txt \
 	  $(if $(TORCH),"$(TORCH)") $(foreach p,$(PACKAGES),-e packages/$(p)) -e ".[dev]"
 	@touch $@

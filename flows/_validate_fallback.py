@@ -1,6 +1,7 @@
-
 from deepwright_core.errors import RequestError
 from deepwright_core.registry import KINDS, parse
+
+
 def validate(registry, composed):
     out, problems = {}, []
     groups = {k.group: k.name for k in KINDS.values() if k.group and "/" not in k.group}

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deepwright_core.registry import KINDS, Component, ComponentOf, Registry
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+
+from deepwright_core.registry import KINDS, Component, ComponentOf, Registry
 
 ROOT_CONFIG = "deepwright"
 STAGE_GROUP = "stage_defaults"
@@ -60,7 +61,7 @@ def _plain(value: Any) -> Any:
 
 
 def store(registry: Registry, has_yaml: Callable[[str, str], bool]) -> None:
-    """Put an option for each component into Hydra's store, and the root config that joins them with conf/config.yaml."""
+    """Put an option for each component into Hydra's store, and the root config that joins them to conf/config.yaml."""
     config_store = ConfigStore.instance()
     stages: list[Component] = []
     for component in registry:
@@ -75,9 +76,7 @@ def store(registry: Registry, has_yaml: Callable[[str, str], bool]) -> None:
             values = defaults_of(component.config, registry)
             if "name" in component.config.model_fields:
                 values["name"] = component.name
-            config_store.store(
-                name=component.name, node=values, group=STAGE_GROUP, provider=component.provider.plugin
-            )
+            config_store.store(name=component.name, node=values, group=STAGE_GROUP, provider=component.provider.plugin)
     # Schemas first, then conf/config.yaml with its groups and recipe: what is written wins over what is derived.
     defaults = [{f"{STAGE_GROUP}@{c.name}": c.name} for c in stages]
     config_store.store(name=ROOT_CONFIG, node={"defaults": [*defaults, "config", "_self_"]}, provider="deepwright")

@@ -18,8 +18,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from deepwright_core.errors import RequestError
-from deepwright_core.plugins import Plugins as InstalledPlugins
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -33,6 +31,9 @@ from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from deepwright_core.errors import RequestError
+from deepwright_core.plugins import Plugins as InstalledPlugins
 
 from . import automatic_options, override_problems
 
@@ -66,7 +67,7 @@ def plugin_folders(plugins: InstalledPlugins) -> list[tuple[str, str]]:
             continue
         if path.startswith("pkg://") and importlib.util.find_spec(path.removeprefix("pkg://")) is None:
             raise RequestError(
-                f"Plugin {implementation.plugin_name} names {path} as its folder of options, and there is no such package."
+                f"Plugin {implementation.plugin_name} names {path} as its folder of options; there is no such package."
             )
         folders.append((implementation.plugin_name, path))
     return folders

@@ -1,7 +1,7 @@
 """Deployments: every flow on the workflow's pages, with a form whose drop-downs come from the installed plugins.
 
-`deepwright up` starts this module as the process that waits for runs and carries them out; `deepwright deploy` writes the
-forms again after a plugin was installed. An automation ends runs whose process was killed together with the waiting
+`deepwright up` starts this module as the process that waits for runs and carries them out; `deepwright deploy` writes
+the forms again after a plugin was installed. An automation ends runs whose process was killed together with the waiting
 one: nobody else would, and they would count as running forever.
 """
 
@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import click
+
 from deepwright_core.errors import RequestError
 
 DEPLOYMENT = "local"
@@ -67,7 +68,10 @@ def _deployments() -> list[object]:
 
     return [
         flow.to_deployment(
-            name=DEPLOYMENT, entrypoint_type=EntrypointType.MODULE_PATH, description=flow.description, tags=["deepwright"]
+            name=DEPLOYMENT,
+            entrypoint_type=EntrypointType.MODULE_PATH,
+            description=flow.description,
+            tags=["deepwright"],
         )
         for flow in FLOWS.values()
     ]
@@ -107,12 +111,15 @@ def _end_silent_runs() -> None:
         ),
         actions=[
             ChangeFlowRunState(
-                state=StateType.CRASHED, message=f"No sign of life for {SILENT_SECONDS} seconds: its process is gone."
+                name=None,
+                state=StateType.CRASHED,
+                force=False,
+                message=f"No sign of life for {SILENT_SECONDS} seconds: its process is gone.",
             )
         ],
     )
     try:
-        Automation.read(name=AUTOMATION)
+        Automation.read(name=AUTOMATION)  # type: ignore[unused-coroutine]
     except ValueError:
         wanted.create()
 

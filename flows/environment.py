@@ -44,3 +44,4 @@ def apply(root: Path) -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from deepwright_core.errors import WorkError
 from deepwright_core.registry import Component, Registry
-from pydantic import BaseModel
 
 ALWAYS = ("deepwright_core", "deepwright_kernels")
 

@@ -29,7 +29,5 @@ def invoke(request: Request, plugins: Plugins, config_file: str = "") -> None:
 
 def print_summary(request: Request, report: session.Report, show: Display | None = None) -> None:
     """The table at the end, on standard output."""
-    table = summary.table(
-        report.outcomes, report.seconds, request.run.cpu_watts, request.root, report.links
-    )
+    table = summary.table(report.outcomes, report.seconds, request.run.cpu_watts, request.root, report.links)
     summary.show(table)

@@ -1,4 +1,4 @@
-"""A stage's metrics as pictures: one panel for each, metrics of one family (`loss`, `reward`, `expert`) in one picture."""
+"""A stage's metrics as pictures: one panel for each; a family of metrics (`reward/…`) has its own picture."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+
 from deepwright_core.errors import WorkError
 from deepwright_core.stage import write_atomically
 
@@ -216,9 +217,7 @@ class MlflowTracking:
 
                 registered_model.register(self._client, self._request, outcomes, self._run_id)
         with _harmless("close the run"):
-            finals = {
-                f"{o.stage}/{key}": float(value) for o in outcomes for key, value in o.result.metrics.items()
-            }
+            finals = {f"{o.stage}/{key}": float(value) for o in outcomes for key, value in o.result.metrics.items()}
             _log_points(self._client, self._run_id, [(key, value, _now(), 0) for key, value in finals.items()])
             note = self._client.get_run(self._run_id).data.tags.get(NOTE_TAG, "")
             self._client.set_tag(self._run_id, NOTE_TAG, f"{note}\n\n{summary}".strip()[:7900])

@@ -26,7 +26,7 @@ def refused(overrides: Sequence[str]) -> list[str]:
         if not isinstance(override, str) or not override.strip():
             problems.append(f"Override {override!r} is empty; expected key=value.")
         elif override.lstrip("+~").startswith(("hydra.", "hydra/")) or override.lstrip("+~").startswith("hydra="):
-            problems.append(f"Override '{override}' changes Hydra itself, which is refused; expected a key of the config.")
+            problems.append(f"Override '{override}' changes Hydra itself, which is refused; give keys of the config.")
         elif _ENVIRONMENT_PATTERN.search(override):
             problems.append(f"Override '{override}': {ENVIRONMENT}")
         elif "=" not in override and not override.startswith("~"):

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from deepwright_core.plugins import installed
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import TaskRunContext
 from prefect.flows import Flow
 from prefect.runtime import flow_run
+
+from deepwright_core.plugins import installed
 
 from . import cancellation, invoke, request, service_addresses, session
 from .form_fields import Algorithm, Attention, Experiment, FeedForward, Model, overrides_for
@@ -46,7 +47,8 @@ def run_target(target: str, overrides: list[str], config_file: str = "", **chose
 
 def _tags() -> dict[str, str]:
     """How the tracker's records find this flow run."""
-    return {"prefect.flow_run_id": str(flow_run.get_id() or ""), "prefect.flow_run_name": str(flow_run.get_name() or "")}
+    found = {"prefect.flow_run_id": flow_run.get_id(), "prefect.flow_run_name": flow_run.get_name()}
+    return {key: str(value) for key, value in found.items() if value}
 
 
 def _identity(context: TaskRunContext, parameters: dict[str, Any]) -> str:

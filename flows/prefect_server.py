@@ -24,7 +24,6 @@ from deepwright_core.errors import WorkError
 from . import environment, lifeline, service_addresses
 
 START_SECONDS = float(os.environ.get("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90"))
-_LOG_FILE = "server.log"
 
 
 @contextmanager
@@ -42,8 +41,8 @@ def reachable(root: Path) -> Iterator[str]:
         return
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
-    (root / "prefect").mkdir(parents=True, exist_ok=True)
-    log_file = root / "prefect" / _LOG_FILE
+    log_file = root / "logs" / "prefect-server.log"
+    log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("wb") as output:
         child = lifeline.start(
             ["-m", "flows.prefect_server", str(port)], _quiet_server(), stdout=output, stderr=output, cwd=root

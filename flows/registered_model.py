@@ -1,7 +1,8 @@
 """The finished model in MLflow's registry, with its lineage: a version under `tracking.registered_model`.
 
 The version is an ordinary MLflow model whose code is `registered_model_code.py` and whose weights are safetensors;
-`mlflow.pyfunc.load_model("models:/deepwright@champion")` loads it. A model that is registered already only gets the alias.
+`mlflow.pyfunc.load_model("models:/deepwright@champion")` loads it. A model that is
+registered already only gets the alias.
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ import logging
 import time
 from typing import Any, Protocol
 
-from deepwright_core.tracking import Progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBars
+
+from deepwright_core.tracking import Progress
 
 log = logging.getLogger("deepwright.progress")
 
@@ -104,9 +105,7 @@ class LiveDisplay:
         self._pace.completed = completed
         self._pace.note = note or self._pace.note
         if self._bars is not None and self._task is not None:
-            self._bars.update(
-                self._task, completed=completed, note=self._pace.note, rate=rate_text(self._pace.rate())
-            )
+            self._bars.update(self._task, completed=completed, note=self._pace.note, rate=rate_text(self._pace.rate()))
         self._pace.to_log()
 
     def say(self, text: str) -> None:

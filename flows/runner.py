@@ -113,10 +113,7 @@ class Run:
         if step.done is None:
             with step.directory.locked(self.say):
                 done, _ = step.directory.finished()  # another run may have made it while we waited
-                if done is None or step.force:
-                    outcome = self._make(step)
-                else:
-                    outcome = self._reuse(step, done)
+                outcome = self._make(step) if done is None or step.force else self._reuse(step, done)
         else:
             outcome = self._reuse(step, step.done)
         self.outcomes[step.name] = outcome

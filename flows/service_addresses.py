@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+
 from deepwright_core.stage import write_atomically
 
 FILE = "up.json"

@@ -128,7 +128,7 @@ def run(
 
 
 def _line(outcome: Outcome) -> str:
-    label, before, after = outcome.result.headline
+    label = outcome.result.headline[0]
     gain = f"  {label} {summary.cells(outcome)[5]}" if label else ""
     if outcome.reused:
         return f"✓ {outcome.stage:<9} reused {outcome.directory.name}{gain}"
@@ -150,7 +150,9 @@ def _new_directory(request: Request) -> Path:
     except OSError as error:
         if is_full_disk(error):
             raise WorkError(full_disk_sentence(request.target, request.root)) from error
-        raise RequestError(f"paths.root is '{request.root}', and nothing can be written there: {error.strerror}.") from error
+        raise RequestError(
+            f"paths.root is '{request.root}', and nothing can be written there: {error.strerror}."
+        ) from error
     return directory
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from deepwright_core.errors import RequestError
 from deepwright_core.registry import Registry, parse
-from pydantic import BaseModel, ConfigDict, Field
 
 
 class _Section(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -106,5 +107,6 @@ def show(renderable: RenderableType, console: Console | None = None) -> None:
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=160)
-    console.print()
-    console.print(renderable)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it (`| head`): the work is done all the same
+        console.print()
+        console.print(renderable)

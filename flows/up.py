@@ -17,6 +17,7 @@ from subprocess import Popen
 from typing import Any
 
 import click
+
 from deepwright_core.errors import RequestError, WorkError
 
 PREFECT_PORT = 4200
@@ -174,9 +175,11 @@ class Services:
         )
         tracker = self._start(
             "mlflow-server",
-            ["mlflow", "server", "--host", "127.0.0.1", "--port", mlflow_port, "--workers", "1"]
-            + ["--backend-store-uri", database_uri(self.root)]
-            + ["--artifacts-destination", (self.root / "mlflow" / "artifacts").as_uri()],
+            [
+                *("mlflow", "server", "--host", "127.0.0.1", "--port", mlflow_port, "--workers", "1"),
+                *("--backend-store-uri", database_uri(self.root)),
+                *("--artifacts-destination", (self.root / "mlflow" / "artifacts").as_uri()),
+            ],
             {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         )
         wait_until_healthy(f"{self.prefect}/api/health", workflow.process, START_SECONDS, workflow.log)
@@ -222,5 +225,3 @@ class Services:
                     f"The {child.name} ended with status {child.process.returncode}. "
                     f"The last line of {child.log}: {lines[-1] if lines else '(empty)'}"
                 )
-
-

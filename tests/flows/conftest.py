@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+
 from deepwright_core.plugins import Plugins, discover, load
 from deepwright_core.tracking import SilentProgress
 from flows import prefect_server, request, session

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from flows import cli
 from flows.up import choose_ports
 
@@ -49,8 +50,8 @@ def test_wrong_requests_end_with_2_and_a_sentence_each(deepwright: Deepwright, t
     lines = done.stderr.splitlines()
     assert len(lines) == 2 and all(line.startswith("deepwright: learn.") for line in lines)
     assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()
-    for arguments in (["run", "lern"], ["run"], ["nothing"], ["run", "learn", "--block", "twoy"], ["run", "learn", "-z"]):
-        assert deepwright(*arguments).returncode == 2, arguments
+    for line in ("run lern", "run", "nothing", "run learn --block twoy", "run learn -z"):
+        assert deepwright(*line.split()).returncode == 2, line
 
 
 def test_failed_work_ends_with_1_and_its_traceback_is_in_the_log(deepwright: Deepwright, tmp_path: Path) -> None:
@@ -124,7 +125,8 @@ def test_a_killed_stage_goes_on_and_ends_as_one_that_was_never_cut(
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(command_environment: dict[str, str], tmp_path: Path) -> None:
-    process = start(command_environment, tmp_path, "run", "learn", "learn.pause=0.05", "learn.steps=400", "learn.every=1")
+    arguments = ("run", "learn", "learn.pause=0.05", "learn.steps=400", "learn.every=1")
+    process = start(command_environment, tmp_path, *arguments)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "runs").glob("stages/learn-*/checkpoints/latest.json")):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()

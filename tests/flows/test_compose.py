@@ -4,11 +4,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
 from deepwright_core.errors import RequestError
 from deepwright_core.plugins import Plugins
 from flows import compose, request
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 
 def problems_of(plugins: Plugins, *overrides: str, target: str = "learn") -> list[str]:
@@ -97,9 +98,7 @@ def test_hydra_itself_cannot_be_changed(plugins: Plugins, override: str) -> None
 
 
 @pytest.mark.parametrize("spelling", ["${oc.env:SECRET}", "${ oc.env:SECRET}", "${oc.${learn.fail}:SECRET}"])
-def test_the_environment_cannot_be_read(
-    plugins: Plugins, spelling: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_cannot_be_read(plugins: Plugins, spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "swordfish")
     overrides = [f"paths.root='{spelling}'"]
     if "learn" in spelling:  # the resolver's name put together: caught when it is resolved
@@ -109,9 +108,7 @@ def test_the_environment_cannot_be_read(
     assert not any("swordfish" in problem for problem in problems)
 
 
-def test_the_environment_resolver_is_whole_again_afterwards(
-    plugins: Plugins, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_resolver_is_whole_again_afterwards(plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
     from omegaconf import OmegaConf
 
     compose.compose([], plugins)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.plugins import Plugins
 from deepwright_core.stage import Stage
@@ -117,7 +118,7 @@ def test_a_stage_that_failed_goes_on_from_its_checkpoint(go: Go, plugins: Plugin
 def test_failures_are_sentences_and_keep_the_checkpoints(go: Go) -> None:
     with pytest.raises(WorkError, match="the numbers do not add up"):
         go("learn", "learn.fail=crash")
-    with pytest.raises(WorkError, match="disk that holds .* is full") as error:
+    with pytest.raises(WorkError, match=r"disk that holds .* is full") as error:
         go("learn", "learn.fail=disk")
     assert "same command" in str(error.value)
     with pytest.raises(RequestError, match="too bold"):
@@ -125,7 +126,7 @@ def test_failures_are_sentences_and_keep_the_checkpoints(go: Go) -> None:
 
 
 def test_too_little_disk_is_told_before_the_start(go: Go) -> None:
-    with pytest.raises(WorkError, match="gather was not started: .* run.min_free_disk_gb asks for 1e\\+09"):
+    with pytest.raises(WorkError, match=r"gather was not started: .* run.min_free_disk_gb asks for 1e\+09"):
         go("learn", "run.min_free_disk_gb=1e9")
 
 

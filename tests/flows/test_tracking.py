@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from deepwright_core.errors import WorkError
 from deepwright_core.hookspecs import hookimpl
 from deepwright_core.plugins import Plugins
@@ -23,7 +24,8 @@ def database(tmp_path_factory: pytest.TempPathFactory, plugins: Plugins) -> byte
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("mlflow-root")
         patch.setenv("DEEPWRIGHT_CONF", str(Path(__file__).parent / "toy" / "conf"))
-        mlflow_tracker.client_for(request.make("gather", [f"paths.root={root}", "tracking=mlflow"], plugins)).search_experiments()
+        wanted = request.make("gather", [f"paths.root={root}", "tracking=mlflow"], plugins)
+        mlflow_tracker.client_for(wanted).search_experiments()
         return (root / "mlflow" / "mlflow.db").read_bytes()
 
 
@@ -193,7 +195,8 @@ def test_a_database_that_cannot_be_used_is_a_sentence(go: Go, tmp_path: Path) ->
 
 
 def test_plots_hold_what_has_at_least_two_points(tmp_path: Path) -> None:
-    histories = {"loss": [(1, 2.0), (2, 1.0)], "reward/a": [(1, 0.0), (2, 1.0)], "reward/b": [(1, 0.0), (2, 1.0)], "x": [(1, 1.0)]}
+    curve = [(1, 2.0), (2, 1.0)]
+    histories = {"loss": curve, "reward/a": curve, "reward/b": curve, "x": curve[:1]}
     names = [path.name for path in metric_plots.draw(histories, tmp_path)]
     assert names == ["metrics.png", "reward.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)

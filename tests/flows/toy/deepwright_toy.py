@@ -11,12 +11,13 @@ import os
 import time
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from deepwright_core.errors import RequestError
 from deepwright_core.events import CheckpointEvent
 from deepwright_core.hookspecs import hookimpl
 from deepwright_core.registry import ComponentConfig
 from deepwright_core.stage import Stage, StageResult, write_atomically
-from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
