@@ -6,7 +6,8 @@ complete, so that a misspelt key is an error. A YAML of the same name wins: Hydr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -20,32 +21,49 @@ ROOT_CONFIG = "deepwright"
 STAGE_GROUP = "stage_defaults"
 
 
-def defaults_of(model: type[BaseModel], registry: Registry) -> dict[str, Any]:
-    """The default values of a config model as plain data; fields without a default are missing ("???").
+@dataclass(frozen=True)
+class Derived:
+    """What a config model's schema gives: default values, and the options that fill places with a group of their own.
+
+    `choices` maps a field to the option's name. Such a place is left out of the values: Hydra would merge another
+    choice into them, and keys of the one would be left over in the other.
+    """
+
+    values: dict[str, Any]
+    choices: dict[str, str]
+
+
+def derive(model: type[BaseModel], registry: Registry, group: str | None) -> Derived:
+    """The defaults of a config model as plain data; fields without a default are missing ("???").
 
     A component inside it is written out with its own defaults, so that every key can be overridden.
     """
     values: dict[str, Any] = {}
+    choices: dict[str, str] = {}
     for name, field in model.model_fields.items():
         if field.default is PydanticUndefined and field.default_factory is None:
             values[name] = MISSING
-        else:
-            values[name] = _plain(field.get_default(call_default_factory=True, validated_data={}))
-        for mark in field.metadata:
-            if isinstance(mark, ComponentOf) and isinstance(values[name], dict):
-                part = values[name]
-                if mark.many:
-                    values[name] = {label: _whole(mark.kind, each, registry) for label, each in part.items()}
-                else:
-                    values[name] = _whole(mark.kind, part, registry)
-    return values
+            continue
+        value = _plain(field.get_default(call_default_factory=True, validated_data={}))
+        mark = next((m for m in field.metadata if isinstance(m, ComponentOf)), None)
+        if mark is not None and isinstance(value, dict):
+            has_group = group is not None and KINDS[mark.kind].group == f"{group}/{name}"
+            if has_group and value.keys() == {"name"} and value["name"] in registry.names(mark.kind):
+                choices[name] = value["name"]
+                continue
+            if mark.many:
+                value = {label: _whole(mark.kind, each, registry) for label, each in value.items()}
+            else:
+                value = _whole(mark.kind, value, registry)
+        values[name] = value
+    return Derived(values, choices)
 
 
 def _whole(kind: str, part: Any, registry: Registry) -> Any:
     """A component's mapping with the defaults that it leaves out (as it is when nobody registered the component)."""
     if not isinstance(part, dict) or part.get("name") not in registry.names(kind):
         return part
-    return {**defaults_of(registry.get(kind, part["name"]).config, registry), **part}
+    return {**derive(registry.get(kind, part["name"]).config, registry, None).values, **part}
 
 
 def _plain(value: Any) -> Any:
@@ -60,23 +78,33 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def store(registry: Registry, has_yaml: Callable[[str, str], bool]) -> None:
-    """Put an option for each component into Hydra's store, and the root config that joins them to conf/config.yaml."""
+def store(registry: Registry, has_yaml: Callable[[str, str], bool], chosen: Container[str]) -> None:
+    """Put an option for each component into Hydra's store, and the root config that joins them to conf/config.yaml.
+
+    chosen: groups that conf/config.yaml chooses from itself.
+    """
     config_store = ConfigStore.instance()
-    stages: list[Component] = []
+    stages: list[str] = []
+    choices: dict[str, str] = {}
     for component in registry:
         group = KINDS[component.kind].group
         if component.kind == "stage":
-            stages.append(component)
-        elif group is not None and not has_yaml(group, component.name):
-            values = {**defaults_of(component.config, registry), "name": component.name}
-            config_store.store(name=component.name, node=values, group=group, provider=component.provider.plugin)
-    for component in stages:
-        if not has_yaml(STAGE_GROUP, component.name):
-            values = defaults_of(component.config, registry)
-            if "name" in component.config.model_fields:
-                values["name"] = component.name
-            config_store.store(name=component.name, node=values, group=STAGE_GROUP, provider=component.provider.plugin)
+            stages.append(component.name)
+            derived = derive(component.config, registry, component.name)
+            choices.update({f"{component.name}/{field}": name for field, name in derived.choices.items()})
+            _put(component, STAGE_GROUP, derived.values)
+        elif group is not None:
+            derived = derive(component.config, registry, group)
+            values = {**derived.values, "name": component.name}
+            inner: list[Any] = [{field: name} for field, name in derived.choices.items()]
+            node = {"defaults": [*inner, "_self_"], **values} if inner else values
+            if not has_yaml(group, component.name):
+                _put(component, group, node)
     # Schemas first, then conf/config.yaml with its groups and recipe: what is written wins over what is derived.
-    defaults = [{f"{STAGE_GROUP}@{c.name}": c.name} for c in stages]
+    defaults: list[Any] = [{f"{STAGE_GROUP}@{stage}": stage} for stage in stages]
+    defaults += [{group: name} for group, name in choices.items() if group not in chosen]
     config_store.store(name=ROOT_CONFIG, node={"defaults": [*defaults, "config", "_self_"]}, provider="deepwright")
+
+
+def _put(component: Component, group: str, node: Mapping[str, Any]) -> None:
+    ConfigStore.instance().store(component.name, dict(node), group=group, provider=component.provider.plugin)

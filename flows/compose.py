@@ -102,7 +102,7 @@ def _hydra(plugins: InstalledPlugins) -> Iterator[GlobalHydra]:
                 def has_yaml(group: str, name: str) -> bool:
                     return name in loader.get_group_options(group, ObjectType.CONFIG)
 
-                automatic_options.store(plugins.registry, has_yaml)
+                automatic_options.store(plugins.registry, has_yaml, _chosen_groups())
                 with _environment_hidden():
                     yield GlobalHydra.instance()
         finally:
@@ -110,6 +110,13 @@ def _hydra(plugins: InstalledPlugins) -> Iterator[GlobalHydra]:
             store.repo = repo
             GlobalHydra.instance().clear()
             GlobalHydra.instance().hydra = outer
+
+
+def _chosen_groups() -> set[str]:
+    """The groups in the defaults list of conf/config.yaml."""
+    config = OmegaConf.to_container(OmegaConf.load(conf_directory() / "config.yaml"), resolve=False)
+    listed = config.get("defaults", []) if isinstance(config, dict) else []
+    return {str(key).split("@")[0] for entry in listed if isinstance(entry, dict) for key in entry}
 
 
 @contextmanager

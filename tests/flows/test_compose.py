@@ -2,13 +2,16 @@
 
 import threading
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from pydantic import BaseModel, ConfigDict, Field
 
 from deepwright_core.errors import RequestError
-from deepwright_core.plugins import Plugins
+from deepwright_core.plugins import Plugins, load
+from deepwright_core.registry import ComponentConfig, ComponentOf
 from flows import compose, request
 
 
@@ -45,8 +48,6 @@ def test_a_yaml_wins_over_the_automatic_option(
 
 
 def test_options_of_other_plugins_do_not_stay_behind(plugins: Plugins) -> None:
-    from deepwright_core.plugins import load
-
     compose.compose([], plugins)
     assert compose.group_options("optimizer", load([])) == []
 
@@ -172,3 +173,74 @@ def test_a_saved_config_that_is_not_one_is_refused(plugins: Plugins, tmp_path: P
 def test_a_misspelt_forced_stage_is_refused(plugins: Plugins) -> None:
     (problem,) = problems_of(plugins, "run.force=[lern]")
     assert "lern" in problem and "learn" in problem
+
+
+class Sharp(ComponentConfig):
+    """A router."""
+
+    name: str = "sharp"
+    edge: int = 1
+
+
+class Soft(ComponentConfig):
+    """Another router, with other keys."""
+
+    name: str = "soft"
+    warmth: int = 2
+
+
+class Mixture(ComponentConfig):
+    """A feed-forward part with a router in it."""
+
+    name: str = "mixture"
+    experts: int = 4
+    router: Annotated[dict[str, Any], ComponentOf("router")] = Field({"name": "sharp"})
+
+
+class Recipe(ComponentConfig):
+    """An algorithm with components in it that have no group."""
+
+    name: str = "recipe"
+    advantage: Annotated[dict[str, Any], ComponentOf("advantage")] = Field({"name": "soft"})
+
+
+class Training(BaseModel):
+    """A stage with a place for an algorithm, and rewards by label."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    algorithm: Annotated[dict[str, Any], ComponentOf("algorithm")] = {"name": "recipe"}
+    rewards: Annotated[dict[str, Any], ComponentOf("reward", many=True)] = {"first": {"name": "sharp"}}
+
+
+@pytest.fixture
+def nested() -> Plugins:
+    plugins = load([])
+    for kind, name, config in (
+        ("router", "sharp", Sharp),
+        ("router", "soft", Soft),
+        ("reward", "sharp", Sharp),
+        ("advantage", "soft", Soft),
+        ("ffn", "mixture", Mixture),
+        ("algorithm", "recipe", Recipe),
+        ("algorithm", "other", Soft),
+        ("stage", "rl", Training),
+        ("optimizer", "walk", Soft),
+    ):
+        plugins.registry.add(kind, name, config=config)(lambda config: config)
+    return plugins
+
+
+def test_components_in_components_are_written_out_whole(nested: Plugins) -> None:
+    composed = compose.compose(["+model/ffn=mixture"], nested)
+    assert composed["model"]["ffn"] == {"name": "mixture", "experts": 4, "router": {"name": "sharp", "edge": 1}}
+    assert composed["rl"] == {
+        "algorithm": {"name": "recipe", "advantage": {"name": "soft", "warmth": 2}},
+        "rewards": {"first": {"name": "sharp", "edge": 1}},
+    }
+
+
+def test_another_choice_leaves_no_keys_of_the_first_behind(nested: Plugins) -> None:
+    composed = compose.compose(["+model/ffn=mixture", "model/ffn/router=soft", "rl/algorithm=other"], nested)
+    assert composed["model"]["ffn"]["router"] == {"name": "soft", "warmth": 2}
+    assert composed["rl"]["algorithm"] == {"name": "other", "warmth": 2}
