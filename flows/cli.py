@@ -123,7 +123,7 @@ def call(arguments: list[str] | None = None) -> int:
         click.echo(f"deepwright: {type(error).__name__}: {error} ({_keep_traceback()})", err=True)
         return 1
     except BaseException as error:
-        if type(error).__name__ != "TerminationSignal":
+        if type(error).__name__ not in {"Terminated", "TerminationSignal"}:  # ours, and Prefect's
             raise
         click.echo("deepwright: stopped from outside. The same command goes on from the last checkpoint.", err=True)
         return 143

@@ -57,8 +57,10 @@ def run(
         return
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     from . import invoke
+    from .stopping import terminated_as_exception
 
     for number, (job, checked) in enumerate(zip(jobs, requests, strict=True), 1):
         if len(jobs) > 1:
             click.echo(f"Run {number} of {len(jobs)}: {' '.join(job)}", err=True)
-        invoke.invoke(checked, plugins, config_file)
+        with terminated_as_exception():
+            invoke.invoke(checked, plugins, config_file)

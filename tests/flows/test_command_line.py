@@ -124,17 +124,22 @@ def test_a_killed_stage_goes_on_and_ends_as_one_that_was_never_cut(
     assert (directory / "model" / "model.safetensors").read_bytes() == other.read_bytes()
 
 
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on(command_environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_go_on(
+    number: signal.Signals, status: int, command_environment: dict[str, str], tmp_path: Path
+) -> None:
     arguments = ("run", "learn", "learn.pause=0.05", "learn.steps=400", "learn.every=1")
     process = start(command_environment, tmp_path, *arguments)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "runs").glob("stages/learn-*/checkpoints/latest.json")):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "The same command goes on" in errors and "Traceback" not in errors
+    (summary,) = (tmp_path / "runs" / "history").glob("*/summary.md")
+    assert summary.read_text().startswith("learn: stopped")
 
 
 def test_plugins_are_listed_with_who_provides_them(deepwright: Deepwright) -> None:
