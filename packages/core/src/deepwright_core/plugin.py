@@ -1,12 +1,14 @@
 """deepwright_core as a plugin: what it registers."""
 
+from . import data, tasks, tokenizer
 from .hookspecs import hookimpl
-from .model.attention import GQAConfig, build_gqa
-from .model.feed_forward import DenseConfig, build_dense
+from .model import attention, feed_forward
 from .registry import Registry
+from .stages import prepare, pretrain, sft
+from .training import optimizer, schedule
 
 
 @hookimpl
 def deepwright_register(registry: Registry) -> None:
-    registry.add("attention", "gqa", config=GQAConfig)(build_gqa)
-    registry.add("ffn", "dense", config=DenseConfig)(build_dense)
+    for part in (attention, feed_forward, optimizer, schedule, data, tokenizer, tasks, prepare, pretrain, sft):
+        part.register(registry)

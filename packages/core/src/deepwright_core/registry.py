@@ -7,7 +7,7 @@ registered here. Configs choose a component by name (`name: mla`); a class path 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -170,10 +170,18 @@ def parse(model: type[BaseModel], values: Mapping[str, Any], where: str, registr
     in (defaults) is kept, also inside components: a saved config says every value that was used.
     """
     problems: list[str] = []
+    reported: set[str] = set()
     values = dict(values)
     for key, field in model.model_fields.items():
+        part = values.get(key, field.get_default(call_default_factory=True))
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(part, Mapping):
+            try:
+                values[key] = parse(inner, part, f"{where}.{key}", registry)
+            except RequestError as error:
+                problems += error.problems
+                reported.add(key)
         for mark in field.metadata:
-            part = values.get(key, field.get_default(call_default_factory=True))
             if isinstance(mark, ComponentOf) and isinstance(part, Mapping):
                 parts = {f"{where}.{key}.{label}": p for label, p in part.items()} if mark.many else {f"{where}.{key}": part}
                 parsed = {}
@@ -187,16 +195,20 @@ def parse(model: type[BaseModel], values: Mapping[str, Any], where: str, registr
     try:
         config = model.model_validate(values)
     except ValidationError as error:
-        problems += sentences(error, model, where)
+        problems += sentences(error, model, where, reported)
     if problems:
         raise RequestError(problems)
     return config
 
 
-def sentences(error: ValidationError, model: type[BaseModel], where: str) -> list[str]:
-    """One sentence for each problem in a pydantic error."""
+def sentences(
+    error: ValidationError, model: type[BaseModel], where: str, reported: Collection[str] = ()
+) -> list[str]:
+    """One sentence for each problem in a pydantic error, less those in fields that were `reported` already."""
     problems = []
     for item in error.errors():
+        if item["loc"] and item["loc"][0] in reported:
+            continue
         path = ".".join([where, *(str(part) for part in item["loc"])]) if where else ".".join(map(str, item["loc"]))
         if item["type"] == "extra_forbidden":
             owner, known = model, model.model_fields

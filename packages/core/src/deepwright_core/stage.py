@@ -55,12 +55,14 @@ class Stage:
     sections: top-level keys of the composed config that change its result.
     needs: artifact name -> the stage that makes it.
     run: (validated sections by name, context) -> StageResult.
+    check: validated sections -> one sentence for each problem that no section shows alone.
     """
 
     name: str
     sections: tuple[str, ...]
     needs: Mapping[str, str]
     run: Callable[[Mapping[str, Any], StageContext], StageResult]
+    check: Callable[[Mapping[str, Any]], list[str]] = lambda sections: []
 
 
 def identity(sections: Mapping[str, Any], input_digests: Mapping[str, str], code: Mapping[str, str]) -> str:

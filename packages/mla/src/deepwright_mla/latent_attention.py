@@ -34,12 +34,12 @@ class MLAConfig(ComponentConfig):
     """Multi-head latent attention. `q_lora_rank: 0` means a full query projection (V2-Lite, Moonlight)."""
 
     name: str = "mla"
-    heads: int = Field(4, ge=1)
+    heads: int = Field(8, ge=1)
     q_lora_rank: int = Field(0, ge=0)
-    kv_lora_rank: int = Field(64, ge=1)
-    qk_nope_head_dim: int = Field(32, ge=1)
+    kv_lora_rank: int = Field(32, ge=1)
+    qk_nope_head_dim: int = Field(16, ge=1)
     qk_rope_head_dim: int = Field(16, ge=2, multiple_of=2)
-    v_head_dim: int = Field(32, ge=1)
+    v_head_dim: int = Field(16, ge=1)
 
 
 class LatentAttention(nn.Module):
@@ -55,6 +55,8 @@ class LatentAttention(nn.Module):
         )
         self.latent_dim = config.kv_lora_rank
         self.cache_width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.mha_cache_width = self.heads * (self.nope_dim + self.value_dim)
+        self.pair_flops = 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim)
         self.scale = softmax_scale(self.nope_dim + self.rope_dim, model.rope)
         query_width = self.heads * (self.nope_dim + self.rope_dim)
         if config.q_lora_rank:

@@ -64,8 +64,9 @@ class MoEConfig(ComponentConfig):
 class Experts(nn.Module):
     """E SwiGLU feed-forwards with their weights stacked: gate and up [E, 2·I, D], down [E, D, I]."""
 
-    def __init__(self, experts: int, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
+        self.active_share = top_k / experts
         self.gate_up_EID = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_EDI = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
 
@@ -81,7 +82,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.router = router
-        self.experts = Experts(config.experts, model.hidden_size, config.intermediate_size)
+        self.experts = Experts(config.experts, config.top_k, model.hidden_size, config.intermediate_size)
         self.shared = (
             SwiGLU(model.hidden_size, config.shared_experts * config.intermediate_size)
             if config.shared_experts

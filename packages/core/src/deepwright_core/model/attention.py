@@ -16,7 +16,7 @@ from deepwright_kernels import rotary
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..registry import ComponentConfig
+from ..registry import ComponentConfig, Registry
 from .cache import CacheBatch
 from .config import ModelConfig
 from .rope import softmax_scale
@@ -28,13 +28,16 @@ class Attention(Protocol):
     """What the model asks of an attention variant.
 
     rope_dim: width of the rotated part of queries and keys.
-    cache_width: values kept per token for decoding.
+    cache_width: values kept per token for decoding. mha_cache_width: what plain multi-head attention with the same
+    heads would keep. pair_flops: FLOPs for one pair of query and key (score and mix, all heads).
     forward: training form. mask_BSS is True where a query (row) may see a key; None means plain causal.
     extend: writes the new tokens into the layer's cache and attends to everything cached so far.
     """
 
     rope_dim: int
     cache_width: int
+    mha_cache_width: int
+    pair_flops: int
 
     def forward(self, x_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None) -> Tensor: ...
 
@@ -94,6 +97,8 @@ class GroupedQueryAttention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.rope_dim = config.head_dim
         self.cache_width = 2 * config.kv_heads * config.head_dim
+        self.mha_cache_width = 2 * config.heads * config.head_dim
+        self.pair_flops = 4 * config.heads * config.head_dim
         self.scale = softmax_scale(config.head_dim, model.rope)
         self.q = nn.Linear(model.hidden_size, config.heads * config.head_dim, bias=False)
         self.k = nn.Linear(model.hidden_size, config.kv_heads * config.head_dim, bias=False)
@@ -122,3 +127,7 @@ class GroupedQueryAttention(nn.Module):
 def build_gqa(config: GQAConfig, model: ModelConfig, layer: int) -> GroupedQueryAttention:
     """Grouped-query attention with rotary positions."""
     return GroupedQueryAttention(config, model)
+
+
+def register(registry: Registry) -> None:
+    registry.add("attention", "gqa", config=GQAConfig)(build_gqa)

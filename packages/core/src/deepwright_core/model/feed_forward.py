@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..registry import ComponentConfig
+from ..registry import ComponentConfig, Registry
 from .config import ModelConfig
 from .record import ForwardRecord
 
@@ -45,3 +45,7 @@ class SwiGLU(nn.Module):
 def build_dense(config: DenseConfig, model: ModelConfig, layer: int) -> SwiGLU:
     """Dense SwiGLU feed-forward."""
     return SwiGLU(model.hidden_size, config.intermediate_size or model.intermediate_size)
+
+
+def register(registry: Registry) -> None:
+    registry.add("ffn", "dense", config=DenseConfig)(build_dense)

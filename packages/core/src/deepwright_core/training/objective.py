@@ -7,7 +7,7 @@ Shapes: B rows, S inputs of each (S + 1 tokens), D hidden, T = B·S.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from deepwright_kernels import linear_cross_entropy
@@ -27,6 +27,10 @@ class Loss:
     next_token: Tensor
     further: Tensor | None
     record: ForwardRecord
+
+    def scaled(self, share: float) -> Loss:
+        """The same with `total` weighted, for a micro-batch that is a share of its batch."""
+        return replace(self, total=self.total * share)
 
 
 def targets_at(tokens_BS1: Tensor, segments_BS1: Tensor | None, trained_BS1: Tensor | None, distance: int) -> Tensor:

@@ -25,6 +25,9 @@ from .schedule import Schedule
 
 Metrics = dict[str, float]
 
+# Weight of the newest step in the running mean of the load figures: about the last ten steps count.
+BALANCE_MEMORY = 0.1
+
 
 class TrainingConfig(BaseModel):
     """What every training stage can be told.
@@ -72,13 +75,17 @@ class Trainer:
     ) -> None:
         self.model, self.optimizer, self.schedule, self.clip, self.dtype = model, optimizer, schedule, clip, dtype
         self.device = next(model.parameters()).device
+        self._loads: dict[int, Tensor] = {}
 
-    def update(self, step: int, losses: Iterable[Callable[[], Differentiable]]) -> Metrics:
+    def update(
+        self, step: int, losses: Iterable[Callable[[], Differentiable]], *, rebalance: bool = True
+    ) -> Metrics:
         """One optimizer step at the schedule's place `step`. Each callable computes the loss of one micro-batch, scaled
-        so that the losses add up to the batch's."""
+        so that the losses add up to the batch's. With `rebalance=False` the routers' correction waits for
+        `rebalance()`: several updates then see one routing bias."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loads: dict[int, Tensor] = {}
+        loads = self._loads
         for compute in losses:
             with autocast(self.device, self.dtype):
                 loss = compute()
@@ -90,12 +97,18 @@ class Trainer:
             group["lr"] = group["peak_lr"] * factor
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip, error_if_nonfinite=True)
         self.optimizer.step()
-        self.model.balance(loads)
         metrics = {"gradient_norm": float(norm), "lr": float(self.optimizer.param_groups[0]["lr"])}
         if loads:
             metrics["expert_max_violation"] = max_violation(loads)
             metrics["dead_experts"] = float(sum(int((load_E == 0).sum()) for load_E in loads.values()))
+        if rebalance:
+            self.rebalance()
         return metrics
+
+    def rebalance(self) -> None:
+        """Let the routers correct themselves from the load since the last correction."""
+        self.model.balance(self._loads)
+        self._loads = {}
 
 
 def train(
@@ -111,7 +124,8 @@ def train(
     """Run `step(number)` for every step that is not done yet.
 
     `memory` is filled from the checkpoint after a resume and saved with each; it must stay JSON. It carries
-    "seconds", the time spent in steps so far, and "evaluations", the figures of each evaluation.
+    "seconds", the time spent in steps so far, "evaluations", the figures of each evaluation, and "balance", how even the
+    experts' load was over the first and the last steps.
     """
     checkpoints = Checkpoints(context.directory / "checkpoints")
     done = 0
@@ -121,6 +135,7 @@ def train(
         memory.update(kept)
     memory.setdefault("seconds", 0.0)
     memory.setdefault("evaluations", [])
+    memory.setdefault("balance", {})
 
     def assess(number: int) -> None:
         if evaluate is None:
@@ -140,6 +155,7 @@ def train(
         seconds = time.perf_counter() - began
         memory["seconds"] += seconds
         finished = number + 1
+        _remember_balance(memory["balance"], metrics)
         metrics["step_seconds"] = seconds
         context.tracker.metrics(metrics, finished)
         context.progress.advance(finished, note(metrics))
@@ -151,3 +167,14 @@ def train(
             directory = checkpoints.save(finished, trainer.model, trainer.optimizer, memory)
             context.hook.deepwright_checkpoint_saved(event=CheckpointEvent(stage, finished, directory))
     trainer.model.eval()
+
+
+def _remember_balance(balance: dict[str, float], metrics: Metrics) -> None:
+    """Keep the first steps' and a running mean of the last steps' load figures, if the model has experts at all."""
+    violation = metrics.get("expert_max_violation")
+    if violation is None:
+        return
+    balance.setdefault("expert_max_violation_first", violation)
+    last = balance.get("expert_max_violation_last", violation)
+    balance["expert_max_violation_last"] = last + BALANCE_MEMORY * (violation - last)
+    balance["dead_experts"] = metrics["dead_experts"]
