@@ -82,10 +82,7 @@ def make(target: str, overrides: Sequence[str], plugins: Plugins, config_file: s
 
 
 def _validate(composed: dict[str, Any], plugins: Plugins) -> tuple[dict[str, Any], list[str]]:
-    try:
-        from deepwright_core.config import validate
-    except ModuleNotFoundError:
-        from ._validate_fallback import validate
+    from deepwright_core.config import validate
 
     composed = _without_missing(composed)
     sections, problems = settings.parse_sections(composed, plugins.registry)
