@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,7 +40,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     Raises `RequestError` listing what is missing, unexpected or of another shape; the model is then unchanged.
     """
-    stored = load_file(path)
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"{path} cannot be read: {error}.") from None
     wanted = weights(model)
     problems = [f"{path}: '{name}' is missing." for name in sorted(wanted.keys() - stored.keys())]
     problems += [f"{path}: '{name}' belongs to no parameter of the model." for name in sorted(stored.keys() - wanted.keys())]
@@ -72,6 +76,8 @@ def read_config(directory: Path, registry: Registry) -> ModelConfig:
         raise RequestError(f"{directory} is not a model directory: it has no {CONFIG_FILE}.") from None
     except json.JSONDecodeError as error:
         raise RequestError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(document, dict):
+        raise RequestError(f"{path} holds a {type(document).__name__}; expected a mapping with a model's config.")
     model_type = document.pop("model_type", None)
     if model_type != "deepwright":
         raise RequestError(f"{path}: model_type is {model_type!r}; expected 'deepwright'.")
