@@ -79,7 +79,7 @@ def gather_context(cache_NW: Tensor, batch: CacheBatch) -> tuple[Tensor, Tensor]
     slots_BL = (batch.blocks_BP[:, :, None] * batch.block_size + offsets).flatten(1)
     keys_L = torch.arange(slots_BL.shape[1], device=cache_NW.device)
     valid_BL = keys_L < batch.lengths_B[:, None]
-    context_BLW = cache_NW[slots_BL].masked_fill(~valid_BL[..., None], 0)
+    context_BLW = F.embedding(slots_BL, cache_NW).masked_fill(~valid_BL[..., None], 0)
     mask_BQL = keys_L <= batch.positions_BQ[..., None]
     return context_BLW, mask_BQL & valid_BL[:, None]
 
