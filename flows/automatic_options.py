@@ -15,10 +15,12 @@ from omegaconf import MISSING
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from deepwright_core.model.config import ModelConfig
 from deepwright_core.registry import KINDS, Component, ComponentOf, Registry
 
 ROOT_CONFIG = "deepwright"
 STAGE_GROUP = "stage_defaults"
+SCHEMA_GROUP = "schema"
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,13 @@ def store(registry: Registry, has_yaml: Callable[[str, str], bool], chosen: Cont
             node = {"defaults": [*inner, "_self_"], **values} if inner else values
             if not has_yaml(group, component.name):
                 _put(component, group, node)
+    # The model is no component, but its keys should be as complete.
+    if "model" in chosen:
+        values = {key: value for key, value in derive(ModelConfig, registry, None).values.items() if value != MISSING}
+        config_store.store("model", values, group=SCHEMA_GROUP, provider="deepwright")
     # Schemas first, then conf/config.yaml with its groups and recipe: what is written wins over what is derived.
     defaults: list[Any] = [{f"{STAGE_GROUP}@{stage}": stage} for stage in stages]
+    defaults += [{f"{SCHEMA_GROUP}@model": "model"}] if "model" in chosen else []
     defaults += [{group: name} for group, name in choices.items() if group not in chosen]
     config_store.store(name=ROOT_CONFIG, node={"defaults": [*defaults, "config", "_self_"]}, provider="deepwright")
 

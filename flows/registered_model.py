@@ -56,6 +56,7 @@ def register(client: MlflowClient, request: Request, outcomes: Sequence[Outcome]
 
 def _keep(client: MlflowClient, run_id: str, directory: Path) -> None:
     from mlflow import pyfunc
+    from mlflow.models import infer_signature
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
@@ -64,6 +65,7 @@ def _keep(client: MlflowClient, run_id: str, directory: Path) -> None:
             path=str(path),
             python_model=str(CODE),
             artifacts={"model": str(directory)},
+            signature=infer_signature(["question"], ["answer"], params={"max_tokens": 256}),
             # Named, not guessed: guessing would load the model in a process of its own.
             pip_requirements=[f"deepwright-core=={version('deepwright-core')}"],
         )
