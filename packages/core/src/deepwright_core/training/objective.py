@@ -7,6 +7,7 @@ Shapes: B rows, S inputs of each (S + 1 tokens), D hidden, T = B·S.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,11 +46,20 @@ def targets_at(tokens_BS1: Tensor, segments_BS1: Tensor | None, trained_BS1: Ten
 
 
 def mean_loss(model: Transformer, hidden_BSD: Tensor, targets_BS: Tensor, count: Tensor | None = None) -> Tensor:
-    """Cross-entropy of a hidden against its targets, over `count` tokens (default: those not ignored)."""
+    """Cross-entropy of a hidden against its targets, over `count` tokens (default: those not ignored); 0 if none."""
     loss_T, _ = linear_cross_entropy(
         hidden_BSD.flatten(0, 1), model.head.weight, targets_BS.flatten(), ignore_index=IGNORED
     )
-    return loss_T.sum() / (count if count is not None else (targets_BS != IGNORED).sum()).clamp(min=1)
+    count = (targets_BS != IGNORED).sum() if count is None else count
+    return loss_T.sum() / count.clamp(min=1e-9)  # a micro-batch's share of a count may lie below 1
+
+
+def count_targets(
+    model: Transformer, tokens_BS1: Tensor, segments_BS1: Tensor | None = None, trained_BS1: Tensor | None = None
+) -> list[Tensor]:
+    """How many targets a batch has, for the next token and for each MTP module."""
+    distances = range(1, 2 + model.config.mtp.depth)
+    return [(targets_at(tokens_BS1, segments_BS1, trained_BS1, distance) != IGNORED).sum() for distance in distances]
 
 
 def language_model_loss(
@@ -58,17 +68,21 @@ def language_model_loss(
     segments_BS1: Tensor | None = None,
     trained_BS1: Tensor | None = None,
     real_BS1: Tensor | None = None,
+    counts: Sequence[Tensor] | None = None,
 ) -> Loss:
     """Loss of a batch of rows.
 
     segments_BS1 numbers the packed documents. trained_BS1 marks the tokens that are targets (default all).
-    real_BS1 marks tokens that are no padding.
+    real_BS1 marks tokens that are no padding. counts: how many targets to average over (default: those of these rows).
+    One of `parts` micro-batches is given `count_targets` of the whole batch over `parts`, and its loss is
+    `scaled(1 / parts)`: then it makes no difference that rows have different numbers of targets.
     """
+    counts = counts or count_targets(model, tokens_BS1, segments_BS1, trained_BS1)
     inputs_BS = tokens_BS1[:, :-1]
     segments_BS = None if segments_BS1 is None else segments_BS1[:, :-1]
     record = ForwardRecord(None if real_BS1 is None else real_BS1[:, :-1])
     hidden_BSD = model(inputs_BS, segments_BS, record)
-    next_token = mean_loss(model, hidden_BSD, targets_at(tokens_BS1, segments_BS1, trained_BS1, 1))
+    next_token = mean_loss(model, hidden_BSD, targets_at(tokens_BS1, segments_BS1, trained_BS1, 1), counts[0])
     total = next_token + sum(record.losses.values(), torch.zeros((), device=next_token.device))
     further = None
     depths = model.config.mtp.depth
@@ -82,7 +96,8 @@ def language_model_loss(
             None if segments_BS is None else segments_BS[:, :length],
             record,
         )
-        loss = mean_loss(model, hidden_BSD, targets_at(tokens_BS1, segments_BS1, trained_BS1, 2 + depth))
+        targets_BS = targets_at(tokens_BS1, segments_BS1, trained_BS1, 2 + depth)
+        loss = mean_loss(model, hidden_BSD, targets_BS, counts[1 + depth])
         total = total + model.config.mtp.loss_weight / depths * loss
         total = total + record.losses.get(model.config.layers + depth, 0.0)
         further = loss.detach() / depths + (further if further is not None else 0.0)
