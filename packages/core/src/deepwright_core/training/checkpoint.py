@@ -1,8 +1,9 @@
 """Checkpoints that survive anything: written aside, checked by digest, the newest good one wins.
 
 A checkpoint is a folder `step-00000100` with `model.safetensors`, `optimizer.safetensors` (state tensors and the random
-generators) and `state.json` (step, what the stage wants to remember, and the SHA-256 of the other files). It appears
-under its name only when all of it lies on the disk. One that does not match its digests is passed over with a warning.
+generators), `state.json` (step, and what the stage wants to remember) and `digests.json` (the SHA-256 of the others). It
+appears under its name only when all of it lies on the disk. One that does not match its digests is passed over with a
+warning.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from ..model.directory import load_weights, weights
 
 PREFIX = "step-"
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = CONTENTS = ("model.safetensors", "optimizer.safetensors", "state.json")
+DIGESTS_FILE = "digests.json"
 CPU_RANDOM, CUDA_RANDOM = "random.cpu", "random.cuda"
 
 
@@ -76,14 +79,14 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            save_file(weights(model), temporary / "model.safetensors")
+            save_file(weights(model), temporary / MODEL_FILE)
             tensors = optimizer_tensors(optimizer) | {CPU_RANDOM: torch.get_rng_state()}
             if torch.cuda.is_available():
                 tensors[CUDA_RANDOM] = torch.cuda.get_rng_state()
-            save_file(tensors, temporary / "optimizer.safetensors")
-            files = sorted(temporary.iterdir())
-            document = {"step": step, "memory": dict(memory), "sha256": {f.name: file_digest(f) for f in files}}
-            (temporary / "state.json").write_text(json.dumps(document))
+            save_file(tensors, temporary / OPTIMIZER_FILE)
+            (temporary / STATE_FILE).write_text(json.dumps({"step": step, "memory": dict(memory)}))
+            digests = {name: file_digest(temporary / name) for name in CONTENTS}
+            (temporary / DIGESTS_FILE).write_text(json.dumps(digests))
             for file in temporary.iterdir():
                 _sync(file)
             shutil.rmtree(final, ignore_errors=True)
@@ -102,9 +105,9 @@ class Checkpoints:
             if problem:
                 warnings.warn(f"checkpoint {directory} is damaged ({problem}); going back to the one before", stacklevel=2)
                 continue
-            document = json.loads((directory / "state.json").read_text())
-            load_weights(model, directory / "model.safetensors")
-            tensors = load_file(directory / "optimizer.safetensors")
+            document = json.loads((directory / STATE_FILE).read_text())
+            load_weights(model, directory / MODEL_FILE)
+            tensors = load_file(directory / OPTIMIZER_FILE)
             torch.set_rng_state(tensors.pop(CPU_RANDOM))
             cuda = tensors.pop(CUDA_RANDOM, None)
             if cuda is not None and torch.cuda.is_available():
@@ -116,10 +119,10 @@ class Checkpoints:
     @staticmethod
     def _damage(directory: Path) -> str | None:
         try:
-            digests = json.loads((directory / "state.json").read_text())["sha256"]
-            for name, digest in digests.items():
-                if file_digest(directory / name) != digest:
+            digests = json.loads((directory / DIGESTS_FILE).read_text())
+            for name in CONTENTS:
+                if file_digest(directory / name) != digests[name]:
                     return f"{name} does not match its digest"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
