@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ..errors import WorkError
 from ..events import CheckpointEvent, EvaluationEvent, StepEvent
 from ..model.precision import autocast
 from ..model.record import ForwardRecord
@@ -95,7 +96,12 @@ class Trainer:
         factor = self.schedule(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        if not torch.isfinite(norm):
+            raise WorkError(
+                f"The gradient of step {step} has the norm {float(norm)}, which is not finite; "
+                "no weight was changed. Lower the learning rate, or set precision=fp32."
+            )
         self.optimizer.step()
         metrics = {"gradient_norm": float(norm), "lr": float(self.optimizer.param_groups[0]["lr"])}
         if loads:
