@@ -3,7 +3,7 @@
 #   make pipeline ARGS="experiment=smoke"     pass overrides on
 #   make test ARGS="tests/core -x"            pass options on
 #   make setup PYTHON=python3.12              choose the interpreter
-#   make setup TORCH="torch==2.12.0" PIP_FLAGS="--index-url ADDRESS"
+#   make setup TORCH="torch==2.12.0" PIP_FLAGS="..."
 #                                             another build of torch, for a GPU; PIP_FLAGS goes to pip as it is
 
 PYTHON ?= python3

@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from . import threads
+
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module:attribute, one line for --help)
     "run": ("flows.run_command:run", "Run the pipeline or a stage of it."),
@@ -100,6 +102,7 @@ def call(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     from deepwright_core.errors import RequestError, WorkError
 
+    threads.wait_without_spinning()
     try:
         result: Any = cli.main(args=arguments, prog_name="deepwright", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -18,7 +18,7 @@ from deepwright_core.plugins import installed
 from deepwright_core.stage import StageContext, StageResult, write_atomically
 from deepwright_core.tracking import Progress
 
-from . import compose, lifeline, run_tracking
+from . import compose, lifeline, run_tracking, threads
 
 if TYPE_CHECKING:
     from .request import Request
@@ -118,6 +118,7 @@ def child(job_file: Path) -> int:
             hook=plugins.hook,
             inputs={name: Path(path) for name, path in job["inputs"].items()},
         )
+        threads.use(request.sections.get("threads", 0))
         result = stage.run({name: request.sections[name] for name in stage.sections}, context)
         tracking.flush()
         answer = {

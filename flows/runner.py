@@ -23,7 +23,7 @@ from deepwright_core.plugins import Plugins
 from deepwright_core.stage import Stage, StageContext, StageResult, identity
 from deepwright_core.tracking import Progress
 
-from . import energy, fingerprint, isolation
+from . import energy, fingerprint, isolation, threads
 from .request import Request
 from .run_tracking import RunTracking, StageTracking
 from .stage_directory import Finished, StageDirectory
@@ -183,6 +183,7 @@ class Run:
             inputs=step.inputs,
         )
         sections = {name: self.request.sections[name] for name in step.stage.sections}
+        threads.use(self.request.sections.get("threads", 0))
         return step.stage.run(sections, context)
 
     @contextmanager

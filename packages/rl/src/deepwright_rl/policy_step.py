@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from deepwright_core.model.precision import autocast
 from deepwright_core.model.record import ForwardRecord
 from deepwright_core.model.transformer import Transformer
 from deepwright_core.training.trainer import Metrics, Trainer
@@ -44,10 +45,14 @@ class Tally:
 
 
 @torch.no_grad()
-def frozen_logps(model: Transformer, batches: Sequence[ScoredTokens], temperature: float) -> list[Tensor]:
-    """Log-probabilities under a model that does not learn from them."""
+def frozen_logps(
+    model: Transformer, batches: Sequence[ScoredTokens], temperature: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """Log-probabilities under a model that does not learn from them, in the precision in which the trainer learns: the
+    ratio of the first mini-batch is then exactly 1."""
     model.eval()
-    return [token_logps(model, batch, temperature)[0] for batch in batches]
+    with autocast(batches[0].tokens_BS1.device, dtype):
+        return [token_logps(model, batch, temperature)[0] for batch in batches]
 
 
 def reinforce(
@@ -88,9 +93,9 @@ def reinforce(
 
     batches = [[padded(members) for members in minibatch] for minibatch in plan]
     flat = [batch for minibatch in batches for batch in minibatch]
-    old = iter(frozen_logps(trainer.model, flat, temperature))
+    old = iter(frozen_logps(trainer.model, flat, temperature, trainer.dtype))
     needs_reference = reference is not None
-    references = iter(frozen_logps(reference, flat, temperature) if reference is not None else [])
+    references = iter(frozen_logps(reference, flat, temperature, trainer.dtype) if reference is not None else [])
     gap = 0.0
     for minibatch, scored in zip(plan, batches, strict=True):
         tokens = sum(int(batch.mask_BS.sum()) for batch in scored)

@@ -1,0 +1,71 @@
+"""SIGKILL at any moment: the same command goes on, and ends with the weights of a run that was never cut."""
+
+import hashlib
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import Run, command, environment
+
+LONG_ENOUGH_TO_KILL = ("pretrain.steps=60", "pretrain.save_every=5", "pretrain.evaluate_every=0", "sft.steps=20")
+
+
+def arguments(root: Path, target: str) -> list[str]:
+    fixed = ["experiment=smoke", f"paths.root={root}", "run.workflow=none", "tracking=jsonl", "threads=1"]
+    return ["run", target, *fixed, *LONG_ENOUGH_TO_KILL]
+
+
+def weights(root: Path, stage: str) -> str:
+    (path,) = root.glob(f"stages/{stage}-*/model/model.safetensors")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def kill_when(root: Path, target: str, pattern: str) -> None:
+    """Start the command and kill it, with no chance to clean up, as soon as a file matches the pattern."""
+    process = subprocess.Popen(
+        command(*arguments(root, target)), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(root.glob(pattern)):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+
+
+def test_a_killed_pretraining_ends_bit_for_bit_like_one_that_was_not(deepwright: Run, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert deepwright(*arguments(whole, "pretrain")).returncode == 0
+    kill_when(cut, "pretrain", "stages/pretrain-*/checkpoints/step-00000010")
+    assert not list(cut.glob("stages/pretrain-*/result.json"))
+    kill_when(cut, "pretrain", "stages/pretrain-*/checkpoints/.step-00000030.tmp/model.safetensors")
+    again = deepwright(*arguments(cut, "pretrain"))
+    assert again.returncode == 0, again.stderr
+    assert weights(cut, "pretrain") == weights(whole, "pretrain")
+
+
+@pytest.mark.slow
+def test_a_killed_reinforcement_ends_bit_for_bit_like_one_that_was_not(deepwright: Run, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert deepwright(*arguments(whole, "rl")).returncode == 0
+    kill_when(cut, "rl", "stages/rl-*/checkpoints/step-00000002")
+    again = deepwright(*arguments(cut, "rl"))
+    assert again.returncode == 0, again.stderr
+    assert weights(cut, "rl") == weights(whole, "rl")
+
+
+def test_a_corrupt_newest_checkpoint_falls_back_and_says_so(deepwright: Run, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert deepwright(*arguments(whole, "pretrain")).returncode == 0
+    kill_when(cut, "pretrain", "stages/pretrain-*/checkpoints/step-00000020")
+    newest = sorted(cut.glob("stages/pretrain-*/checkpoints/step-*"))[-1]
+    with (newest / "model.safetensors").open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"\xff" * 8)
+    again = deepwright(*arguments(cut, "pretrain"))
+    assert again.returncode == 0, again.stderr
+    assert "damaged" in again.stdout + again.stderr
+    assert weights(cut, "pretrain") == weights(whole, "pretrain")
