@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -174,8 +174,8 @@ def parse(model: type[BaseModel], values: Mapping[str, Any], where: str, registr
     values = dict(values)
     for key, field in model.model_fields.items():
         part = values.get(key, field.get_default(call_default_factory=True))
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(part, Mapping):
+        inner = _model_in(field.annotation)
+        if inner is not None and get_origin(field.annotation) not in (dict, list, tuple) and isinstance(part, Mapping):
             try:
                 values[key] = parse(inner, part, f"{where}.{key}", registry)
             except RequestError as error:
@@ -201,6 +201,13 @@ def parse(model: type[BaseModel], values: Mapping[str, Any], where: str, registr
     return config
 
 
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that an annotation speaks of: `Yarn`, `Yarn | None`, `dict[str, Yarn]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
+
+
 def sentences(
     error: ValidationError, model: type[BaseModel], where: str, reported: Collection[str] = ()
 ) -> list[str]:
@@ -213,9 +220,9 @@ def sentences(
         if item["type"] == "extra_forbidden":
             owner, known = model, model.model_fields
             for part in item["loc"][:-1]:
-                annotation = known[str(part)].annotation if str(part) in known else None
-                if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                    owner, known = annotation, annotation.model_fields
+                inner = _model_in(known[str(part)].annotation) if str(part) in known else None
+                if inner is not None:
+                    owner, known = inner, inner.model_fields
             problems.append(f"{path} is not an option of {owner.__name__}. {did_you_mean(str(item['loc'][-1]), known)}")
         elif item["type"] == "missing":
             problems.append(f"{path} is missing; give it a value.")
