@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from deepwright_core.registry import ComponentConfig, Registry
 from torch import Tensor
 
@@ -28,22 +29,27 @@ class GroupCentredConfig(ComponentConfig):
     name: str = "group_centred"
 
 
+def centred(rewards_PG: Tensor) -> Tensor:
+    """R - mean. Exactly 0 for a group of equal rewards, whose mean may differ from them by rounding: an optimizer that
+    scales its steps, as Adam does, would follow even that."""
+    equal_P1 = rewards_PG.amax(1, keepdim=True) - rewards_PG.amin(1, keepdim=True) < EQUAL
+    return (rewards_PG - rewards_PG.mean(dim=1, keepdim=True)).masked_fill(equal_P1, 0.0)
+
+
 def build_group_normalised(config: GroupNormalisedConfig) -> Advantage:
     """Centred and scaled by the group's spread (GRPO)."""
 
     def advantage(rewards_PG: Tensor) -> Tensor:
-        if rewards_PG.shape[1] == 1:
-            return rewards_PG * 0
-        spread_P1 = rewards_PG.std(dim=1, keepdim=True)
-        centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-        return (centred_PG / spread_P1.clamp(min=EQUAL)).masked_fill(spread_P1 < EQUAL, 0.0)
+        if rewards_PG.shape[1] == 1:  # one sample has no spread
+            return torch.zeros_like(rewards_PG)
+        return centred(rewards_PG) / rewards_PG.std(dim=1, keepdim=True).clamp(min=EQUAL)
 
     return advantage
 
 
 def build_group_centred(config: GroupCentredConfig) -> Advantage:
     """Centred only (Dr. GRPO)."""
-    return lambda rewards_PG: rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    return centred
 
 
 def register(registry: Registry) -> None:
