@@ -223,7 +223,9 @@ def test_a_damaged_one_is_passed_over_with_a_warning(registry: Registry, tmp_pat
     assert Run(registry).restore(checkpoints) == (2, {"step": 2, "figures": [0.5, 2]})
 
 
-def test_when_all_are_damaged_nothing_is_restored_and_the_model_is_untouched(registry: Registry, tmp_path: Path) -> None:
+def test_when_all_are_damaged_nothing_is_restored_and_the_model_is_untouched(
+    registry: Registry, tmp_path: Path
+) -> None:
     run, checkpoints = Run(registry), Checkpoints(tmp_path)
     for step in (1, 2):
         flip(run.save(checkpoints, step) / "optimizer.safetensors")
@@ -241,6 +243,12 @@ def test_a_checkpoint_is_tensors_and_json(registry: Registry, tmp_path: Path) ->
     directory = run.save(Checkpoints(tmp_path), 1)
     assert sorted(path.name for path in directory.iterdir()) == sorted([*FILES, "digests.json"])
     assert load_file(directory / "model.safetensors").keys() == dict(run.model.state_dict()).keys()
-    assert {name.rpartition(".")[2] for name in load_file(directory / "optimizer.safetensors")} == {"momentum", "exp_avg", "exp_avg_sq", "step", "cpu"}
+    assert {name.rpartition(".")[2] for name in load_file(directory / "optimizer.safetensors")} == {
+        "momentum",
+        "exp_avg",
+        "exp_avg_sq",
+        "step",
+        "cpu",
+    }
     digests = json.loads((directory / "digests.json").read_text())
     assert digests == {name: file_digest(directory / name) for name in FILES}

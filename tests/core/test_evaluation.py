@@ -17,7 +17,6 @@ from deepwright_core.model.transformer import build_model
 from deepwright_core.registry import Registry
 from deepwright_core.stage import StageContext
 from deepwright_core.tasks import Problem, dump_problems
-from deepwright_core.tokenizer import Tokenizer
 from deepwright_core.tokenizer.bpe import BpeConfig, train
 from deepwright_core.tracking import JsonlTracker, SilentProgress
 
@@ -156,7 +155,9 @@ def test_repeating_the_samples_of_a_problem_does_not_narrow_the_interval() -> No
     once = assess(Scripted(answers + answers), TOKENIZER, PROBLEMS, exact, EvaluationConfig(samples=1), 0).metrics
     repeated = Scripted(answers + [answer for answer in answers for _ in range(8)])
     often = assess(repeated, TOKENIZER, PROBLEMS, exact, EvaluationConfig(samples=8), 0).metrics
-    assert [often[f"pass_at_1_{end}"] for end in ("low", "high")] == [once[f"pass_at_1_{end}"] for end in ("low", "high")]
+    assert [often[f"pass_at_1_{end}"] for end in ("low", "high")] == [
+        once[f"pass_at_1_{end}"] for end in ("low", "high")
+    ]
 
 
 def test_the_test_problems_are_looked_at_before_the_first_and_after_the_last_step_only(

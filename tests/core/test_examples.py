@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_rows_are_shared() -> None:
     """Next fit: an example begins a new row only if it does not fit into the last one."""
     packed = PackedExamples(examples(), 1, 15, PAD, seed=3)
     batches = epoch_of(packed, rows_of_an_epoch(packed))
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in pairwise(batches):
         room = int((~batch.real_BS1).sum())
         first = int((following.segments_BS1 == 0).sum())
         assert first > room
@@ -98,7 +99,9 @@ def test_batches_run_on_across_epochs_and_each_epoch_has_its_own_order() -> None
 def test_an_example_may_fill_its_row_and_no_more() -> None:
     exact: Example = ([5] * 16, [True] * 16)
     assert PackedExamples([exact], 2, 15, PAD, seed=0).batch(0).tokens_BS1.tolist() == [[5] * 16] * 2
-    with pytest.raises(RequestError, match="sequence_length is 14, but the longest example has 16 tokens; expected at "):
+    with pytest.raises(
+        RequestError, match="sequence_length is 14, but the longest example has 16 tokens; expected at "
+    ):
         PackedExamples([exact], 2, 14, PAD, seed=0)
 
 

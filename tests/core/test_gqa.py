@@ -17,7 +17,9 @@ YARN = RopeConfig(yarn=YarnConfig(factor=4, original_positions=8))
 HIDDEN, LONGEST, BLOCK = 12, 32, 4
 
 
-def build(heads: int = 4, kv_heads: int = 2, head_dim: int = 6, rope: RopeConfig | None = None) -> GroupedQueryAttention:
+def build(
+    heads: int = 4, kv_heads: int = 2, head_dim: int = 6, rope: RopeConfig | None = None
+) -> GroupedQueryAttention:
     config = GQAConfig(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     model = ModelConfig(
         hidden_size=HIDDEN,
@@ -94,7 +96,9 @@ def test_equal_head_counts_are_torch_multi_head_attention() -> None:
     torch.testing.assert_close(attention(x_BSD, still, None), attention.o(mixed.transpose(1, 2).flatten(2)))
 
 
-def paged(attention: GroupedQueryAttention, x_BSD: Tensor, table: Rotary, plan: list[list[int]]) -> tuple[Tensor, Tensor]:
+def paged(
+    attention: GroupedQueryAttention, x_BSD: Tensor, table: Rotary, plan: list[list[int]]
+) -> tuple[Tensor, Tensor]:
     """Feed each step's count of new tokens of each sequence (0: not in this batch); outputs [B, S, D] and the cache.
 
     Blocks are shuffled and the cache begins as NaN, so that reading anything but one's own tokens shows.

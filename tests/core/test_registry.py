@@ -25,7 +25,7 @@ class Mixture(ComponentConfig):
 
     name: str = "mixture"
     experts: int = Field(4, ge=1)
-    router: Annotated[dict[str, Any], ComponentOf("router")] = {"name": "plain"}
+    router: Annotated[dict[str, Any], ComponentOf("router")] = Field({"name": "plain"})
 
     @model_validator(mode="after")
     def _check(self) -> Mixture:
@@ -80,7 +80,7 @@ def test_building_validates_and_gives_the_config_to_the_builder(stocked: Registr
         7,
         ("plain router", 3.0),
     )
-    with pytest.raises(RequestError, match="ffn.experts is 0"):
+    with pytest.raises(RequestError, match=r"ffn\.experts is 0"):
         stocked.build("ffn", {"name": "mixture", "experts": 0}, 7)
 
 
@@ -150,7 +150,12 @@ def test_configs_do_not_change(stocked: Registry) -> None:
 def test_all_problems_at_once_each_with_its_path(stocked: Registry) -> None:
     values = {
         "widht": 3,
-        "ffn": {"name": "mixture", "experts": 0, "expert": 3, "router": {"name": "plain", "speeed": 1, "groups": "many"}},
+        "ffn": {
+            "name": "mixture",
+            "experts": 0,
+            "expert": 3,
+            "router": {"name": "plain", "speeed": 1, "groups": "many"},
+        },
         "rewards": {"a": {"name": "plain", "speed": -1}, "b": {"name": "plan"}, "c": {"name": "plain"}},
         "inner": {"factor": 0, "lenght": 4},
         "maybe": {"factr": 1},
@@ -198,9 +203,7 @@ def test_what_is_no_component_is_refused(stocked: Registry, part: Any, problem: 
 
 def test_what_is_no_component_among_many_is_refused(stocked: Registry) -> None:
     values = {"width": 1, "ffn": {"name": "mixture"}, "rewards": {"a": 3}}
-    assert problems_of(stocked, values) == [
-        "model.rewards.a is 3; expected a mapping with a name, one of: plain."
-    ]
+    assert problems_of(stocked, values) == ["model.rewards.a is 3; expected a mapping with a name, one of: plain."]
 
 
 def test_a_component_alone_is_named_by_its_kind_or_by_where_it_stands(stocked: Registry) -> None:
@@ -213,7 +216,9 @@ def test_a_component_alone_is_named_by_its_kind_or_by_where_it_stands(stocked: R
 
 
 def test_defaults_are_filled_in_to_the_bottom(stocked: Registry) -> None:
-    whole = parse(Whole, {"width": 2, "ffn": {"name": "mixture", "router": {"name": "plain", "groups": 3}}}, "m", stocked)
+    whole = parse(
+        Whole, {"width": 2, "ffn": {"name": "mixture", "router": {"name": "plain", "groups": 3}}}, "m", stocked
+    )
     assert whole.ffn == {"name": "mixture", "experts": 4, "router": {"name": "plain", "speed": 0.5, "groups": 3}}
     assert whole.rewards == {"first": {"name": "plain", "speed": 0.5, "groups": 1}}
     assert whole.inner == Inner() and whole.maybe is None
@@ -236,5 +241,7 @@ def test_a_misspelt_yarn_option_is_explained_by_yarn(registry: Registry) -> None
         "attention": {"name": "gqa"},
         "ffn": {"name": "dense"},
     }
-    with pytest.raises(RequestError, match=r"model\.rope\.yarn\.factr is not an option of YarnConfig\. Did you mean factor"):
+    with pytest.raises(
+        RequestError, match=r"model\.rope\.yarn\.factr is not an option of YarnConfig\. Did you mean factor"
+    ):
         parse(ModelConfig, values, "model", registry)

@@ -55,7 +55,9 @@ def test_yarn_of_deepseek_v3_pair_by_pair() -> None:
 @pytest.mark.parametrize(("dim", "theta", "original"), [(16, 10000.0, 64), (8, 100.0, 2048), (4, 10.0, 32)])
 def test_yarn_keeps_fast_pairs_and_stretches_slow_ones(dim: int, theta: float, original: int) -> None:
     yarn = YarnConfig(factor=8, original_positions=original)
-    pairs = list(zip(angles(RopeConfig(theta=theta), dim), angles(RopeConfig(theta=theta, yarn=yarn), dim), strict=True))
+    pairs = list(
+        zip(angles(RopeConfig(theta=theta), dim), angles(RopeConfig(theta=theta, yarn=yarn), dim), strict=True)
+    )
     for plain, have in pairs:
         turns = original * plain / (2 * math.pi)
         if turns > 32 * theta ** (2 / dim):  # more than a whole pair faster than the bound, which rounding may move

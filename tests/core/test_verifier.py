@@ -180,9 +180,7 @@ def test_the_real_scorer_even_when_a_dataset_talks(child: Child) -> None:
     )
     registry = Registry()
     tasks.register(registry)
-    task = registry.build(
-        "task", {"name": "arithmetic", "train_size": 100, "validation_size": 1, "test_size": 1}
-    )
+    task = registry.build("task", {"name": "arithmetic", "train_size": 100, "validation_size": 1, "test_size": 1})
     problems = task.generate()["train"]
     pairs = [(problem, problem.answer if n % 3 else problem.answer + "1") for n, problem in enumerate(problems)]
     with Verifier(seconds=60) as verifier:

@@ -43,7 +43,9 @@ def by_loops(mixture: MixtureOfExperts, x_BSD: Tensor) -> Tensor:
     """Token by token, expert by expert. Only which experts a token goes to is asked of the router."""
     rows = []
     routing = mixture.router(x_BSD.flatten(0, 1))
-    for x_D, experts_K, weights_K in zip(x_BSD.flatten(0, 1), routing.experts_TK.tolist(), routing.weights_TK, strict=True):
+    for x_D, experts_K, weights_K in zip(
+        x_BSD.flatten(0, 1), routing.experts_TK.tolist(), routing.weights_TK, strict=True
+    ):
         out = torch.zeros_like(x_D)
         for expert, weight in zip(experts_K, weights_K, strict=True):
             gate, up = mixture.experts.gate_up_EID[expert].chunk(2)
@@ -155,7 +157,10 @@ def test_the_objective_adds_every_layers_balance_loss_once(registry: Registry) -
     assert sorted(loss.record.losses) == [1, 2, 3, 4]  # two mixtures of the trunk, two of the MTP modules
     want = loss.next_token + 0.3 * loss.further + sum(loss.record.losses.values())
     torch.testing.assert_close(loss.total, want)
-    assert [int(load.sum()) for _, load in sorted(loss.record.loads.items())] == [2 * 8 * 2] * 2 + [2 * 7 * 2, 2 * 6 * 2]
+    assert [int(load.sum()) for _, load in sorted(loss.record.loads.items())] == [2 * 8 * 2] * 2 + [
+        2 * 7 * 2,
+        2 * 6 * 2,
+    ]
 
 
 def test_each_layers_load_corrects_that_layers_router(registry: Registry) -> None:
@@ -182,8 +187,14 @@ def test_the_bias_is_saved_with_the_model_and_stays_float32(registry: Registry, 
     ("options", "problem"),
     [
         ({"top_k": 7}, "top_k is 7; expected at most experts, which is 6"),
-        ({"router": {"name": "noaux_tc", "groups": 4}}, "experts is 6; expected a multiple of router.groups, which is 4"),
-        ({"router": {"name": "noaux_tc", "groups": 6}}, "router.groups is 6; expected at least 2 of the 6 experts in each"),
+        (
+            {"router": {"name": "noaux_tc", "groups": 4}},
+            "experts is 6; expected a multiple of router.groups, which is 4",
+        ),
+        (
+            {"router": {"name": "noaux_tc", "groups": 6}},
+            "router.groups is 6; expected at least 2 of the 6 experts in each",
+        ),
         (
             {"router": {"name": "noaux_tc", "groups": 2, "top_groups": 3}},
             "router.top_groups is 3; expected at most router.groups, which is 2",

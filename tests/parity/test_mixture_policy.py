@@ -73,9 +73,7 @@ def learn(model: Transformer, rollouts: Rollouts, **options: Any) -> dict[str, f
     trainer = Trainer(model, torch.optim.SGD(groups, lr=0.05), lambda step: 1.0, 1e9)
     algorithm = installed().registry.build("algorithm", {"name": "grpo"})
     sizes = {"minibatches": 3, "micro_batch": 2, **options}
-    return reinforce(
-        trainer, None, algorithm, rollouts, step=0, temperature=1.0, max_tokens=14, pad_id=END, **sizes
-    )
+    return reinforce(trainer, None, algorithm, rollouts, step=0, temperature=1.0, max_tokens=14, pad_id=END, **sizes)
 
 
 def biases(model: Transformer) -> list[Tensor]:

@@ -56,7 +56,9 @@ def finished(rollouts: Rollouts, *cut: int) -> Rollouts:
 class Learner:
     """A copy of the model that learns by plain gradient descent: what changed is the gradient."""
 
-    def __init__(self, registry: Registry, model: Transformer, lr: float = 1.0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, registry: Registry, model: Transformer, lr: float = 1.0, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.registry, self.start, self.model, self.lr = registry, model, copy.deepcopy(model), lr
         groups = [{"params": list(self.model.parameters()), "peak_lr": lr}]
         self.trainer = Trainer(self.model, torch.optim.SGD(groups, lr=lr), lambda step: 1.0, 1e9, dtype)
@@ -93,8 +95,10 @@ def logps(model: Transformer, prompt: list[int], completion: list[int], temperat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gates_of_the_first_mini_batch(learner: Callable[..., Learner], model: Transformer, dtype: torch.dtype) -> None:
-    """On its own samples the ratio is 1, the divergence 0, the loss 0 within rounding, and still there is a gradient."""
+def test_the_gates_of_the_first_mini_batch(
+    learner: Callable[..., Learner], model: Transformer, dtype: torch.dtype
+) -> None:
+    """On its own samples the ratio is 1, the divergence 0, the loss 0 within rounding, and there is a gradient."""
     on_policy = learner(lr=1e-3, dtype=dtype)
     metrics = on_policy.learn(sampled(model), reference=copy.deepcopy(model), micro_batch=5)
     assert metrics["largest_ratio"] == 1.0
@@ -107,7 +111,9 @@ def test_the_gates_of_the_first_mini_batch(learner: Callable[..., Learner], mode
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_gradient_is_the_policy_gradient(learner: Callable[..., Learner], model: Transformer, temperature: float) -> None:
+def test_the_gradient_is_the_policy_gradient(
+    learner: Callable[..., Learner], model: Transformer, temperature: float
+) -> None:
     """At ratio 1: the mean over samples of Â times the mean log-probability of its tokens, scored one by one."""
     rollouts = sampled(model, temperature)
     ours = learner()
@@ -137,7 +143,9 @@ def test_micro_batches_do_not_matter(learner: Callable[..., Learner], model: Tra
         results.append((one.gradient(), metrics))
     for gradient, metrics in results[1:]:
         for key, tensor in gradient.items():
-            torch.testing.assert_close(tensor, results[0][0][key], atol=2e-5, rtol=1e-3, msg=lambda m, n=key: f"{n}: {m}")
+            torch.testing.assert_close(
+                tensor, results[0][0][key], atol=2e-5, rtol=1e-3, msg=lambda m, n=key: f"{n}: {m}"
+            )
         for key, figure in metrics.items():
             assert figure == pytest.approx(results[0][1][key], abs=1e-5, rel=1e-4), key
 
@@ -160,7 +168,9 @@ def test_what_a_token_weighs(learner: Callable[..., Learner], model: Transformer
         torch.testing.assert_close(have, gradient, atol=2e-5, rtol=1e-3, msg=lambda m, n=key: f"{n}: {m}")
 
 
-def test_cut_off_samples_leave_the_loss_and_stay_in_the_baseline(learner: Callable[..., Learner], model: Transformer) -> None:
+def test_cut_off_samples_leave_the_loss_and_stay_in_the_baseline(
+    learner: Callable[..., Learner], model: Transformer
+) -> None:
     rollouts = finished(sampled(model), 1, 6)
     plain, tokens_changed, reward_changed = learner(), learner(), learner()
     plain.learn(rollouts)
@@ -178,7 +188,9 @@ def test_cut_off_samples_leave_the_loss_and_stay_in_the_baseline(learner: Callab
     assert difference > 1e-3
 
     # By hand: the advantages know the cut-off ones, the mean over samples does not.
-    advantages = (rollouts.rewards_PG - rollouts.rewards_PG.mean(1, keepdim=True)) / rollouts.rewards_PG.std(1, keepdim=True)
+    advantages = (rollouts.rewards_PG - rollouts.rewards_PG.mean(1, keepdim=True)) / rollouts.rewards_PG.std(
+        1, keepdim=True
+    )
     losses = [
         -advantage * logps(model, prompt, sample.token_ids).mean() / (COUNT - 2)
         for n, (advantage, prompt, sample) in enumerate(
@@ -240,7 +252,9 @@ def test_later_mini_batches_are_compared_with_the_policy_that_sampled(
     with torch.no_grad():
         pairs = zip(rollouts.prompts, rollouts.samples, strict=True)
         sampling = torch.cat([logps(model, prompt, sample.token_ids) for prompt, sample in pairs])
-    torch.testing.assert_close(torch.cat([old for _, old, _ in seen]).sort().values, sampling.sort().values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.cat([old for _, old, _ in seen]).sort().values, sampling.sort().values, atol=1e-5, rtol=0
+    )
     assert metrics["largest_ratio"] == pytest.approx(max(float((now - old).exp().max()) for now, old, _ in seen))
     assert metrics["largest_ratio"] > 1.001
 

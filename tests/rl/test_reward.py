@@ -36,7 +36,11 @@ def test_labels_weights_and_defaults(registry: Registry) -> None:
 
 
 def test_a_wrong_reward_is_named_by_its_label(registry: Registry) -> None:
-    with pytest.raises(RequestError, match=r"rl\.rewards\.mine\.name: There is no reward called 'corectness'\. Did you"):
+    with pytest.raises(
+        RequestError, match=r"rl\.rewards\.mine\.name: There is no reward called 'corectness'\. Did you"
+    ):
         build_rewards(registry, {"mine": {"name": "corectness"}})
-    with pytest.raises(RequestError, match=r"rl\.rewards\.mine\.wieght is not an option of CorrectnessConfig\. Did you"):
+    with pytest.raises(
+        RequestError, match=r"rl\.rewards\.mine\.wieght is not an option of CorrectnessConfig\. Did you"
+    ):
         build_rewards(registry, {"mine": {"name": "correctness", "wieght": 2}})

@@ -10,7 +10,6 @@ import torch
 
 from deepwright_core.engine import Completion, SamplingParams
 from deepwright_core.tasks import Problem
-from deepwright_core.tokenizer import Tokenizer
 from deepwright_core.tokenizer.bpe import BpeConfig, train
 from deepwright_rl.reward import build_rewards
 from deepwright_rl.rollout import pad, roll_out
@@ -58,7 +57,14 @@ def exact(pairs: Sequence[tuple[Problem, str]]) -> list[float]:
 
 def test_groups_draws_and_rewards(registry: Any) -> None:
     engine = Scripted(
-        [completion("1"), completion("0"), completion("1", ended=False), completion("2"), completion(""), completion("2")]
+        [
+            completion("1"),
+            completion("0"),
+            completion("1", ended=False),
+            completion("2"),
+            completion(""),
+            completion("2"),
+        ]
     )
     weighted = {"right": {"name": "correctness", "weight": 2.0}, "form": {"name": "format", "weight": 0.25}}
     rollouts = roll_out(

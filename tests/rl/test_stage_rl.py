@@ -54,7 +54,10 @@ def test_the_control_keeps_each_groups_rewards_and_not_who_earned_them() -> None
     shuffled = replace(rollouts([[0.0]]), rewards_PG=before.clone())
     shuffle_in_groups(shuffled, seed=4)
     torch.testing.assert_close(shuffled.rewards_PG.sort(1).values, before.sort(1).values)
-    orders = [tuple((row == value).nonzero().item() for value in old) for row, old in zip(shuffled.rewards_PG, before, strict=True)]
+    orders = [
+        tuple((row == value).nonzero().item() for value in old)
+        for row, old in zip(shuffled.rewards_PG, before, strict=True)
+    ]
     assert len(set(orders)) > 1 and (shuffled.rewards_PG != before).any(1).sum() >= 5
     again = replace(shuffled, rewards_PG=before.clone())
     shuffle_in_groups(again, seed=4)
