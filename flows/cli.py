@@ -102,7 +102,7 @@ def call(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     from deepwright_core.errors import RequestError, WorkError
 
-    threads.wait_without_spinning()
+    threads.wait_with_short_spins()
     try:
         result: Any = cli.main(args=arguments, prog_name="deepwright", standalone_mode=False)
         return result if isinstance(result, int) else 0
