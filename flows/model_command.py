@@ -35,7 +35,10 @@ def show(name: str, overrides: tuple[str, ...], as_json: bool, block: tuple[str,
     plugins = load_plugins(block)
     # Composed for the whole pipeline: the vocabulary's size and the precision count too.
     checked = request.make(request.PIPELINE, [f"model={name}", *overrides], plugins)
-    facts: dict[str, Any] = describe(plugins.registry, checked.sections["model"])
+    config = checked.sections["model"]
+    if not config.vocab_size:  # "as many as the tokenizer has"
+        config = config.model_copy(update={"vocab_size": getattr(checked.sections["tokenizer"], "vocab_size", 1)})
+    facts: dict[str, Any] = describe(plugins.registry, config)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return

@@ -18,7 +18,7 @@ from .attention import Attention
 from .config import ModelConfig
 from .transformer import Block, Transformer, build_model
 
-BYTES = {"bf16": 2, "fp32": 4}
+BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,18 @@ def estimate(registry: Registry, config: ModelConfig) -> Cost:
 
 
 def describe(registry: Registry, config: ModelConfig, context: int = 4096) -> dict[str, Any]:
-    """The figures that `deepwright model show` prints."""
+    """The figures that `deepwright model show` prints; bytes are those of bf16, FLOPs those of one token."""
     cost = estimate(registry, config)
     return {
+        "vocab_size": config.vocab_size,
+        "layers": config.layers,
         "parameters_total": cost.parameters_total,
         "parameters_active": cost.parameters_active,
         "parameters_mtp": cost.parameters_mtp,
-        "kv_bytes_per_token": {name: cost.cache_values * size for name, size in BYTES.items()},
-        "kv_bytes_per_token_mha": {name: cost.mha_cache_values * size for name, size in BYTES.items()},
+        "kv_bytes_per_token": cost.cache_values * BF16_BYTES,
+        "kv_bytes_per_token_mha": cost.mha_cache_values * BF16_BYTES,
         "kv_saving": 1 - cost.cache_values / cost.mha_cache_values,
         "context": context,
-        "flops_per_token_forward": cost.forward_flops(1, context),
-        "flops_per_token_training": cost.training_flops(1, context),
+        "flops_per_token": round(cost.forward_flops(1, context)),
+        "flops_per_token_training": round(cost.training_flops(1, context)),
     }

@@ -8,12 +8,13 @@ Shapes of Muon: E matrices of equal shape [M, N] (experts are stacked, so a 3-D 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..model.precision import has_bf16
 from ..registry import ComponentConfig, Registry
 
 # Quintic of Newton-Schulz as published with Muon (Jordan et al. 2024): fast near zero slope, not exactly convergent.
@@ -34,11 +35,13 @@ class MuonConfig(AdamWConfig):
     """Muon (momentum, then orthogonalisation) for hidden matrices; AdamW's values hold for the rest.
 
     Updates are scaled to AdamW's root mean square (Moonlight: 0.2·√max(M, N)), so one learning rate serves both.
+    The iteration runs in bf16 where the machine has it (auto), which it was made for: it only has to come near.
     """
 
     name: str = "muon"
     momentum: float = Field(0.95, ge=0, lt=1)
     newton_schulz_steps: int = Field(5, ge=1)
+    newton_schulz_precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 def orthogonalise(matrices_EMN: Tensor, steps: int) -> Tensor:
@@ -76,7 +79,12 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(parameter.grad, 1 - self.config.momentum)
         nesterov = parameter.grad.lerp(momentum, self.config.momentum)  # type: ignore[union-attr]
         scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
-        return orthogonalise(nesterov, self.config.newton_schulz_steps) * scale
+        update = orthogonalise(nesterov.to(self._iteration_dtype(parameter.device)), self.config.newton_schulz_steps)
+        return update.to(parameter.dtype) * scale
+
+    def _iteration_dtype(self, device: torch.device) -> torch.dtype:
+        asked = self.config.newton_schulz_precision
+        return torch.bfloat16 if asked == "bf16" or (asked == "auto" and has_bf16(device)) else torch.float32
 
     def _adamw_update(self, parameter: Tensor) -> Tensor:
         state, config = self.state[parameter], self.config
