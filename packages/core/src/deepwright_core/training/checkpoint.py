@@ -1,9 +1,9 @@
 """Checkpoints that survive anything: written aside, checked by digest, the newest good one wins.
 
 A checkpoint is a folder `step-00000100` with `model.safetensors`, `optimizer.safetensors` (state tensors and the random
-generators), `state.json` (step, and what the stage wants to remember) and `digests.json` (the SHA-256 of the others). It
-appears under its name only when all of it lies on the disk. One that does not match its digests is passed over with a
-warning.
+generators), `state.json` (step, and what the stage wants to remember) and `digests.json` (the SHA-256 of the others).
+It appears under its name only when all of it lies on the disk. One that does not match its digests is passed over with
+a warning.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class Checkpoints:
         for directory in reversed(self.saved()):
             problem = self._damage(directory)
             if problem:
-                warnings.warn(f"checkpoint {directory} is damaged ({problem}); going back to the one before", stacklevel=2)
+                warnings.warn(
+                    f"checkpoint {directory} is damaged ({problem}); going back to the one before", stacklevel=2
+                )
                 continue
             document = json.loads((directory / STATE_FILE).read_text())
             load_weights(model, directory / MODEL_FILE)
