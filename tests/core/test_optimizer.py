@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -112,7 +112,10 @@ def test_three_steps_are_those_by_hand(registry: Registry, name: str) -> None:
 
 def test_muon_leaves_out_parameters_without_a_gradient() -> None:
     first, second = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
-    optimizer = Muon([{"params": [first, second], "muon": True, "lr": 0.1}], MuonConfig(weight_decay=0.5, newton_schulz_precision="fp32"))
+    optimizer = Muon(
+        [{"params": [first, second], "muon": True, "lr": 0.1}],
+        MuonConfig(weight_decay=0.5, newton_schulz_precision="fp32"),
+    )
     second.grad = torch.eye(2)
     optimizer.step()
     assert torch.equal(first, torch.ones(2, 2)) and not torch.equal(second, torch.ones(2, 2))
@@ -150,3 +153,18 @@ def test_muon_updates_have_adamws_size() -> None:
         parameter.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         Muon([{"params": [parameter], "muon": True, "lr": 1.0}], MuonConfig(weight_decay=0.0)).step()
         assert 0.12 < parameter.square().mean().sqrt().item() < 0.25
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_update_is_near_orthogonal_in_either_precision(precision: Literal["fp32", "bf16"]) -> None:
+    """bf16 is enough to come near; momentum and parameter stay in float32 all the same."""
+    parameter = nn.Parameter(torch.zeros(24, 40))
+    parameter.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    config = MuonConfig(weight_decay=0.0, newton_schulz_precision=precision)
+    optimizer = Muon([{"params": [parameter], "muon": True, "lr": 1.0}], config)
+    optimizer.step()
+    singular = torch.linalg.svdvals(parameter.detach()) / (0.2 * math.sqrt(40))
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    assert {tensor.dtype for tensor in (parameter, *optimizer.state[parameter].values())} == {torch.float32}
+    kept = torch.nn.functional.cosine_similarity(-parameter.detach().flatten(), parameter.grad.flatten(), dim=0)
+    assert kept > 0.9
