@@ -21,7 +21,9 @@ def test_text_to_a_served_model_and_everything_reused_the_second_time(deepwright
     first = deepwright(*arguments)
     assert first.returncode == 0, first.stdout + first.stderr
 
-    results = {path.parent.name.split("-")[0]: json.loads(path.read_text()) for path in root.glob("stages/*/result.json")}
+    results = {
+        path.parent.name.split("-")[0]: json.loads(path.read_text()) for path in root.glob("stages/*/result.json")
+    }
     assert sorted(results) == sorted(STAGES)
     for stage in STAGES:
         assert f"✓ {stage}" in first.stderr

@@ -22,7 +22,9 @@ FAST = ("run.workflow=none", "tracking=jsonl", "experiment=smoke")
         (["data=jsonl", "data.path=nothing/*.jsonl"], ["nothing/*.jsonl"]),
     ],
 )
-def test_a_wrong_override_is_one_sentence(deepwright: Run, tmp_path: Path, overrides: list[str], says: list[str]) -> None:
+def test_a_wrong_override_is_one_sentence(
+    deepwright: Run, tmp_path: Path, overrides: list[str], says: list[str]
+) -> None:
     done = deepwright("run", "prepare", *FAST, f"paths.root={tmp_path / 'runs'}", *overrides)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

@@ -40,7 +40,9 @@ def validate(registry: Registry, composed: Mapping[str, Any]) -> dict[str, Any]:
     """
     stage_names = registry.names("stage")
     known = [*Top.model_fields, *WORKFLOW_SECTIONS, *COMPONENT_SECTIONS, "model", *stage_names]
-    problems = [f"{key} is not a section of the config. {did_you_mean(key, known)}" for key in composed if key not in known]
+    problems = [
+        f"{key} is not a section of the config. {did_you_mean(key, known)}" for key in composed if key not in known
+    ]
     sections: dict[str, Any] = {key: composed[key] for key in WORKFLOW_SECTIONS if key in composed}
 
     def attempt(name: str, read: Any) -> None:
@@ -79,4 +81,4 @@ def validate(registry: Registry, composed: Mapping[str, Any]) -> dict[str, Any]:
 def _mapping(composed: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(composed[key], Mapping):
         raise RequestError(f"{key} is {composed[key]!r}; expected a section with options.")
-    return composed[key]  # type: ignore[no-any-return]
+    return composed[key]

@@ -30,7 +30,7 @@ def deepwright_register(registry: Registry) -> None:
 
 
 @hookspec
-def deepwright_config_path() -> str | None:  # type: ignore[empty-body]
+def deepwright_config_path() -> str | None:
     """Name a folder of Hydra options to add, such as `pkg://my_plugin.conf`."""
 
 

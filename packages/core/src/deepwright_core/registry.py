@@ -51,7 +51,11 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind("attention", "model/attention", "token mixing: (config, model, layer) -> nn.Module"),
         Kind("ffn", "model/ffn", "feed-forward: (config, model, layer) -> nn.Module"),
-        Kind("router", "model/ffn/router", "expert choice of a mixture: (config, hidden_size, experts, top_k) -> nn.Module"),
+        Kind(
+            "router",
+            "model/ffn/router",
+            "expert choice of a mixture: (config, hidden_size, experts, top_k) -> nn.Module",
+        ),
         Kind("optimizer", "optimizer", "parameter update: (config, model) -> torch.optim.Optimizer"),
         Kind("schedule", "schedule", "learning rate over a run: (config, total_steps) -> (step -> factor)"),
         Kind("source", "data", "where text comes from: (config) -> iterator of documents"),
@@ -146,7 +150,9 @@ class Registry:
         """
         where = where or kind
         if not isinstance(data, BaseModel | Mapping):
-            raise RequestError(f"{where} is {data!r}; expected a mapping with a name, one of: {', '.join(self.names(kind))}.")
+            raise RequestError(
+                f"{where} is {data!r}; expected a mapping with a name, one of: {', '.join(self.names(kind))}."
+            )
         values = data.model_dump() if isinstance(data, BaseModel) else dict(data)
         name = values.get("name")
         if not isinstance(name, str):
@@ -183,7 +189,11 @@ def parse(model: type[BaseModel], values: Mapping[str, Any], where: str, registr
                 reported.add(key)
         for mark in field.metadata:
             if isinstance(mark, ComponentOf) and isinstance(part, Mapping):
-                parts = {f"{where}.{key}.{label}": p for label, p in part.items()} if mark.many else {f"{where}.{key}": part}
+                parts = (
+                    {f"{where}.{key}.{label}": p for label, p in part.items()}
+                    if mark.many
+                    else {f"{where}.{key}": part}
+                )
                 parsed = {}
                 for path, each in parts.items():
                     try:
@@ -191,7 +201,9 @@ def parse(model: type[BaseModel], values: Mapping[str, Any], where: str, registr
                     except RequestError as error:
                         problems += error.problems
                 if len(parsed) == len(parts):
-                    values[key] = dict(zip(part, parsed.values(), strict=True)) if mark.many else parsed[f"{where}.{key}"]
+                    values[key] = (
+                        dict(zip(part, parsed.values(), strict=True)) if mark.many else parsed[f"{where}.{key}"]
+                    )
     try:
         config = model.model_validate(values)
     except ValidationError as error:
@@ -208,9 +220,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
-def sentences(
-    error: ValidationError, model: type[BaseModel], where: str, reported: Collection[str] = ()
-) -> list[str]:
+def sentences(error: ValidationError, model: type[BaseModel], where: str, reported: Collection[str] = ()) -> list[str]:
     """One sentence for each problem in a pydantic error, less those in fields that were `reported` already."""
     problems = []
     for item in error.errors():

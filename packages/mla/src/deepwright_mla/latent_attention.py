@@ -16,6 +16,9 @@ width, C latent width, N cache slots, L longest context, F = R / 2 rope pairs.
 from __future__ import annotations
 
 import torch
+from pydantic import Field
+from torch import Tensor, nn
+
 from deepwright_core.model.attention import Rope, attend, gather_context, write_cache
 from deepwright_core.model.cache import CacheBatch
 from deepwright_core.model.config import ModelConfig
@@ -23,8 +26,6 @@ from deepwright_core.model.norm import RMSNorm
 from deepwright_core.model.rope import softmax_scale
 from deepwright_core.registry import ComponentConfig
 from deepwright_kernels import mla_paged_decode, rotary
-from pydantic import Field
-from torch import Tensor, nn
 
 # Up to this many new tokens a sequence reads the latent cache absorbed; more tokens share the cost of expanding it.
 ABSORBED_QUERIES = 4
@@ -86,7 +87,9 @@ class LatentAttention(nn.Module):
     def _expand(self, cached_BLW: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [B, L, H, P + R] and values [B, L, H, V] of every head from cached latents."""
         latent_BLC, rope_BLR = cached_BLW.split([self.latent_dim, self.rope_dim], -1)
-        k_BLHP, v_BLHV = self.kv_b(latent_BLC).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.value_dim], -1)
+        k_BLHP, v_BLHV = (
+            self.kv_b(latent_BLC).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.value_dim], -1)
+        )
         shared_BLHR = rope_BLR[:, :, None].expand(-1, -1, self.heads, -1)
         return torch.cat([k_BLHP, shared_BLHR], -1), v_BLHV
 

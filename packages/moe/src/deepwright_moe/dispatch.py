@@ -62,7 +62,7 @@ class _Unpermute(torch.autograd.Function):
 
 def permute(x_TD: Tensor, dispatch: Dispatch, copies: int) -> Tensor:
     """Each token's row, once for each of its experts, in expert order. [T, D] -> [X, D]."""
-    return _Permute.apply(x_TD, dispatch.order_X, dispatch.inverse_X, copies)  # type: ignore[no-any-return]
+    return _Permute.apply(x_TD, dispatch.order_X, dispatch.inverse_X, copies)
 
 
 def unpermute(y_XD: Tensor, dispatch: Dispatch, weights_TK: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.feed_forward import SwiGLU
 from deepwright_core.model.record import ForwardRecord
 from deepwright_core.registry import ComponentConfig, ComponentOf, Registry
 from deepwright_kernels import grouped_linear
-from pydantic import Field, model_validator
-from torch import Tensor, nn
 
 from .balance import sequence_balance_loss
 from .dispatch import permute, plan, unpermute

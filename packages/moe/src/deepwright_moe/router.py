@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from deepwright_core.registry import ComponentConfig
 from pydantic import Field
 from torch import Tensor, nn
+
+from deepwright_core.registry import ComponentConfig
 
 
 class RouterConfig(ComponentConfig):

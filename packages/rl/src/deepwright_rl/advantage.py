@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from deepwright_core.registry import ComponentConfig, Registry
 from torch import Tensor
+
+from deepwright_core.registry import ComponentConfig, Registry
 
 Advantage = Callable[[Tensor], Tensor]
 

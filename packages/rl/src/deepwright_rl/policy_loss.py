@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from deepwright_core.registry import ComponentConfig, Registry
 from pydantic import Field
 from torch import Tensor
+
+from deepwright_core.registry import ComponentConfig, Registry
 
 Aggregation = Literal["sequence", "token", "constant"]
 
@@ -67,14 +68,20 @@ def k3(logp_BS: Tensor, reference_logp_BS: Tensor) -> Tensor:
     return delta.exp() - delta - 1
 
 
-class ClippedConfig(ComponentConfig):
+class PolicyLossConfig(ComponentConfig):
+    """Base of every policy loss's config: how tokens are weighed, how much the reference counts (0: none is kept)."""
+
+    kl_coefficient: float = Field(0.0, ge=0)
+    aggregation: Aggregation = "sequence"
+
+
+class ClippedConfig(PolicyLossConfig):
     """min(r Â, clip(r, 1 - epsilon_low, 1 + epsilon_high) Â), less kl_coefficient · k3 (DeepSeekMath, eq. 3)."""
 
     name: str = "clipped"
     epsilon_low: float = Field(0.2, gt=0)
     epsilon_high: float = Field(0.2, gt=0)
     kl_coefficient: float = Field(0.001, ge=0)
-    aggregation: Aggregation = "sequence"
 
 
 def build_clipped(config: ClippedConfig) -> PolicyLoss:

@@ -9,15 +9,17 @@ Shapes: B samples, S token positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from deepwright_core.model.precision import autocast
 from deepwright_core.model.record import ForwardRecord
 from deepwright_core.model.transformer import Transformer
 from deepwright_core.training.trainer import Metrics, Trainer
-from torch import Tensor
 
 from .algorithm import Algorithm
 from .policy_loss import PolicyBatch, k3, token_weights
@@ -35,7 +37,7 @@ class Share:
 
 @dataclass
 class Tally:
-    """Sums over the tokens of a whole rollout batch, for reports."""
+    """Sums over the tokens of a whole rollout batch, for reports; largest_ratio is the furthest from 1 either way."""
 
     tokens: int = 0
     clipped: float = 0.0
@@ -119,7 +121,12 @@ def reinforce(
                 logp_BS, entropy_BS = token_logps(trainer.model, batch, temperature, record)
                 terms = algorithm.policy_loss(
                     PolicyBatch(
-                        logp_BS, old_logp_BS, reference_logp_BS, advantages_B[members].to(device), batch.mask_BS, weights_BS
+                        logp_BS,
+                        old_logp_BS,
+                        reference_logp_BS,
+                        advantages_B[members].to(device),
+                        batch.mask_BS,
+                        weights_BS,
                     )
                 )
                 tally.tokens += int(batch.mask_BS.sum())
@@ -127,8 +134,8 @@ def reinforce(
                 tally.entropy += float(entropy_BS.sum())
                 if reference_logp_BS is not None:
                     tally.kl += float(k3(logp_BS.detach(), reference_logp_BS).sum())
-                ratio = (logp_BS.detach() - old_logp_BS).exp()
-                tally.largest_ratio = max(tally.largest_ratio, float(ratio.max()))
+                distance = float((logp_BS.detach() - old_logp_BS).abs().max())
+                tally.largest_ratio = max(tally.largest_ratio, math.exp(distance))
                 total_loss += float(terms.loss.detach())
                 return Share(terms.loss, record)
 

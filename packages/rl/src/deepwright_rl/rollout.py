@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from deepwright_core.engine import Engine, SamplingParams
 from deepwright_core.evaluation import Answered, Scorer, mark
 from deepwright_core.tasks import Problem
 from deepwright_core.tokenizer import Tokenizer
-from torch import Tensor
 
 from .reward import Reward
 

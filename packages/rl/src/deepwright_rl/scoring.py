@@ -5,11 +5,12 @@ Shapes: B samples, S token positions, D hidden.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from deepwright_core.model.record import ForwardRecord
 from deepwright_core.model.transformer import Transformer
 from deepwright_core.training.objective import IGNORED
 from deepwright_kernels import linear_cross_entropy
-from torch import Tensor
 
 from .rollout import ScoredTokens
 

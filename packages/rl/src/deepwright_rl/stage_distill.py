@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from deepwright_core.data.examples import Example
 from deepwright_core.engine import Engine, SamplingParams
 from deepwright_core.errors import WorkError
@@ -30,7 +32,6 @@ from deepwright_core.tasks.verifier import Verifier
 from deepwright_core.tokenizer import Tokenizer
 from deepwright_core.tracking import Tracker
 from deepwright_core.training.machine import pick_device
-from pydantic import Field
 
 VERIFIED = "verified.jsonl"
 # Problems answered at once: the engine's own batch, a few times over.
@@ -69,7 +70,12 @@ def build(config: DistillConfig) -> Stage:
 
 
 def verified_samples(
-    config: DistillConfig, teacher: Path, tokenizer: Tokenizer, problems: list[Problem], seed: int, context: StageContext
+    config: DistillConfig,
+    teacher: Path,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    seed: int,
+    context: StageContext,
 ) -> list[Example]:
     """The teacher's accepted answers as training examples. Kept in a file: a cut-off stage does not sample again."""
     path = context.directory / VERIFIED
@@ -127,7 +133,14 @@ def run(config: DistillConfig, sections: Mapping[str, Any], context: StageContex
             part = replace(context, directory=context.directory / role, tracker=Labelled(context.tracker, role))
             model = build_model(registry, student_config, seed=seed)
             memory = fine_tune(
-                f"distill {role}", model, examples, config, sections, part, tokenizer.pad_id, partial(examiner(part), model)
+                f"distill {role}",
+                model,
+                examples,
+                config,
+                sections,
+                part,
+                tokenizer.pad_id,
+                partial(examiner(part), model),
             )
             results[role] = {k: v for k, v in memory["evaluations"][-1].items() if k != "step"}
             if role == "student":

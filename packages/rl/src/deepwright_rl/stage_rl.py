@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
+
 from deepwright_core.engine import Engine
 from deepwright_core.evaluation import EvaluationConfig, Examiner
 from deepwright_core.events import RolloutEvent
@@ -27,7 +29,6 @@ from deepwright_core.tokenizer import Tokenizer
 from deepwright_core.training.machine import pick_device
 from deepwright_core.training.schedule import ConstantConfig, build_constant
 from deepwright_core.training.trainer import Metrics, Trainer, TrainingConfig, train
-from pydantic import Field
 
 from .algorithm import Algorithm
 from .policy_step import reinforce
@@ -102,7 +103,7 @@ class ProblemOrder:
         return [self.problems[self._permutation(p // len(self.problems))[p % len(self.problems)]] for p in places]
 
     def _permutation(self, epoch: int) -> list[int]:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.problems)).tolist()  # type: ignore[no-any-return]
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.problems)).tolist()
 
 
 def shuffle_in_groups(rollouts: Rollouts, seed: int) -> None:
@@ -169,7 +170,7 @@ def run(config: RLConfig, sections: Mapping[str, Any], context: StageContext) ->
                 max_tokens=config.max_tokens,
                 seed=(seed * config.steps + number) * SEEDS_PER_STEP,
             )
-            transcripts = [
+            transcripts: list[Mapping[str, Any]] = [
                 sample.transcript() | {"reward": reward}
                 for sample, reward in zip(rollouts.samples, rollouts.rewards_PG.flatten().tolist(), strict=True)
             ]

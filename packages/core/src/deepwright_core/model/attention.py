@@ -12,9 +12,10 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from deepwright_kernels import rotary
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+
+from deepwright_kernels import rotary
 
 from ..registry import ComponentConfig, Registry
 from .cache import CacheBatch
@@ -60,7 +61,7 @@ class GQAConfig(ComponentConfig):
 
 
 def attend(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, mask_BSS: Tensor | None, scale: float) -> Tensor:
-    """softmax(q kᵀ · scale) v in the layout [B, S, heads, width]; causal when there is no mask. Returns [B, S, H, V]."""
+    """softmax(q kᵀ · scale) v in the layout [B, S, heads, width], causal when there is no mask: [B, S, H, V]."""
     q, k, v = (t.transpose(1, 2) for t in (q_BSHK, k_BSGK, v_BSGV))
     mask = None if mask_BSS is None else mask_BSS[:, None]
     narrower = k.shape[-1] - v.shape[-1]

@@ -46,7 +46,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise RequestError(f"{path} cannot be read: {error}.") from None
     wanted = weights(model)
     problems = [f"{path}: '{name}' is missing." for name in sorted(wanted.keys() - stored.keys())]
-    problems += [f"{path}: '{name}' belongs to no parameter of the model." for name in sorted(stored.keys() - wanted.keys())]
+    problems += [
+        f"{path}: '{name}' belongs to no parameter of the model." for name in sorted(stored.keys() - wanted.keys())
+    ]
     problems += [
         f"{path}: '{name}' has shape {list(stored[name].shape)}; the model wants {list(wanted[name].shape)}."
         for name in sorted(wanted.keys() & stored.keys())
@@ -81,7 +83,7 @@ def read_config(directory: Path, registry: Registry) -> ModelConfig:
     model_type = document.pop("model_type", None)
     if model_type != "deepwright":
         raise RequestError(f"{path}: model_type is {model_type!r}; expected 'deepwright'.")
-    return parse(ModelConfig, document, str(path), registry)  # type: ignore[no-any-return]
+    return parse(ModelConfig, document, str(path), registry)
 
 
 def load_model(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from deepwright_kernels import rms_norm
 from torch import Tensor, nn
+
+from deepwright_kernels import rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -14,13 +14,16 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies in bf16 by itself, not by detours through float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def resolve(precision: Precision, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on a GPU that has it, else float32. On a CPU bf16 has to be asked for: for models of a million
-    parameters the casts take back most of what the products save, and samples and training no longer agree to the bit."""
+    """`auto` is bf16 on a GPU that has it, else float32.
+
+    On a CPU bf16 has to be asked for: for models of a million parameters the casts take back most of what the products
+    save, and samples and training no longer agree to the bit.
+    """
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and has_bf16(device) else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32

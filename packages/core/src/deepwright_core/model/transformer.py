@@ -62,7 +62,12 @@ class MultiTokenPrediction(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(
-        self, embedded_BSD: Tensor, hidden_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None, record: ForwardRecord | None
+        self,
+        embedded_BSD: Tensor,
+        hidden_BSD: Tensor,
+        rope: Rope,
+        mask_BSS: Tensor | None,
+        record: ForwardRecord | None,
     ) -> Tensor:
         joined = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], -1)
         return self.norm(self.block(self.projection(joined), rope, mask_BSS, record))

@@ -24,7 +24,7 @@ from ..registry import Registry
 from ..stage import Stage, StageContext, StageResult
 from ..tokenizer import Tokenizer
 from ..training.machine import matrix_rate, pick_device
-from ..training.objective import IGNORED, Loss, language_model_loss, mean_loss, targets_at
+from ..training.objective import IGNORED, Loss, count_targets, language_model_loss, mean_loss, targets_at
 from ..training.trainer import Metrics, Trainer, TrainingConfig, train
 
 BITS = 1 / math.log(2)
@@ -66,11 +66,13 @@ def check(config: PretrainConfig, sections: Mapping[str, Any]) -> list[str]:
     longest = sections["model"].max_positions
     if config.sequence_length > longest:
         problems.append(
-            f"pretrain.sequence_length is {config.sequence_length}; expected at most model.max_positions, which is {longest}."
+            f"pretrain.sequence_length is {config.sequence_length}; "
+            f"expected at most model.max_positions, which is {longest}."
         )
     if config.micro_batch and config.batch_size % config.micro_batch:
         problems.append(
-            f"pretrain.batch_size is {config.batch_size}; expected a multiple of pretrain.micro_batch, {config.micro_batch}."
+            f"pretrain.batch_size is {config.batch_size}; "
+            f"expected a multiple of pretrain.micro_batch, which is {config.micro_batch}."
         )
     return problems
 
@@ -127,12 +129,14 @@ def run(config: PretrainConfig, sections: Mapping[str, Any], context: StageConte
     memory: dict[str, Any] = {}
 
     def step(number: int) -> Metrics:
-        tokens_BS1, segments_BS1 = data.batch(number)
+        tokens_BS1, segments_BS1 = (t.to(device) for t in data.batch(number))
+        # A micro-batch counts by its targets: documents end where they end, so no two have equally many.
+        counts = [count / parts for count in count_targets(model, tokens_BS1, segments_BS1)]
         figures: Metrics = {"loss": 0.0}
 
         def micro(part: int) -> Loss:
             here = slice(part * rows, (part + 1) * rows)
-            loss = language_model_loss(model, tokens_BS1[here].to(device), segments_BS1[here].to(device))
+            loss = language_model_loss(model, tokens_BS1[here], segments_BS1[here], counts=counts)
             figures["loss"] += float(loss.next_token) / parts
             if loss.further is not None:
                 figures["mtp_loss"] = figures.get("mtp_loss", 0.0) + float(loss.further) / parts

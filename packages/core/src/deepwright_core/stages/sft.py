@@ -67,7 +67,8 @@ def solutions(tokenizer: Tokenizer, problems: Sequence[Problem], worked_share: f
     """Training examples: each problem with its worked solution or with its bare answer."""
     dice = random.Random(f"solutions {seed}")
     return encode_many_with_mask(
-        tokenizer, [conversation(problem, bool(problem.worked) and dice.random() < worked_share) for problem in problems]
+        tokenizer,
+        [conversation(problem, bool(problem.worked) and dice.random() < worked_share) for problem in problems],
     )
 
 
@@ -97,8 +98,13 @@ def fine_tune(
         figures: Metrics = {}
 
         def loss() -> Loss:
-            parts = (batch.tokens_BS1, batch.segments_BS1, batch.trained_BS1, batch.real_BS1)
-            loss = language_model_loss(model, *(part.to(device) for part in parts))
+            loss = language_model_loss(
+                model,
+                batch.tokens_BS1.to(device),
+                batch.segments_BS1.to(device),
+                batch.trained_BS1.to(device),
+                batch.real_BS1.to(device),
+            )
             figures["loss"] = float(loss.next_token)
             return loss
 

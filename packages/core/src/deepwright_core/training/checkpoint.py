@@ -69,9 +69,7 @@ class Checkpoints:
         """Complete checkpoint folders, oldest first."""
         return sorted(self.directory.glob(f"{PREFIX}*")) if self.directory.is_dir() else []
 
-    def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, memory: Mapping[str, Any]
-    ) -> Path:
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, memory: Mapping[str, Any]) -> Path:
         """Write a checkpoint after `step` steps. `memory` is JSON that the stage wants back."""
         self.directory.mkdir(parents=True, exist_ok=True)
         final = self.directory / f"{PREFIX}{step:08d}"

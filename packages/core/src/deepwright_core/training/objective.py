@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from deepwright_kernels import linear_cross_entropy
 from torch import Tensor
+
+from deepwright_kernels import linear_cross_entropy
 
 from ..model.record import ForwardRecord
 from ..model.transformer import Transformer

@@ -78,9 +78,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self._loads: dict[int, Tensor] = {}
 
-    def update(
-        self, step: int, losses: Iterable[Callable[[], Differentiable]], *, rebalance: bool = True
-    ) -> Metrics:
+    def update(self, step: int, losses: Iterable[Callable[[], Differentiable]], *, rebalance: bool = True) -> Metrics:
         """One optimizer step at the schedule's place `step`. Each callable computes the loss of one micro-batch, scaled
         so that the losses add up to the batch's. With `rebalance=False` the routers' correction waits for
         `rebalance()`: several updates then see one routing bias."""
@@ -90,7 +88,7 @@ class Trainer:
         for compute in losses:
             with autocast(self.device, self.dtype):
                 loss = compute()
-            loss.total.backward()  # type: ignore[no-untyped-call]
+            loss.total.backward()
             for layer, load_E in loss.record.loads.items():
                 loads[layer] = loads[layer] + load_E if layer in loads else load_E
         factor = self.schedule(step)
@@ -130,8 +128,8 @@ def train(
     """Run `step(number)` for every step that is not done yet.
 
     `memory` is filled from the checkpoint after a resume and saved with each; it must stay JSON. It carries
-    "seconds", the time spent in steps so far, "evaluations", the figures of each evaluation, and "balance", how even the
-    experts' load was over the first and the last steps.
+    "seconds", the time spent in steps so far, "evaluations", the figures of each evaluation, and "balance", how even
+    the experts' load was over the first and the last steps.
     """
     checkpoints = Checkpoints(context.directory / "checkpoints")
     done = 0
