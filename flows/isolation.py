@@ -76,8 +76,7 @@ def _result(answer: Mapping[str, Any]) -> StageResult:
         raise RequestError(answer["problems"])
     if answer["kind"] == "work":
         raise WorkError(answer["message"])
-    label, before, after = answer["headline"]
-    return StageResult(answer["outputs"], answer["metrics"], (label, before, after), answer["tokens"], answer["flops"])
+    return StageResult.from_record(answer)
 
 
 class _PipeProgress:
@@ -121,14 +120,7 @@ def child(job_file: Path) -> int:
         threads.use(request.sections.get("threads", 0))
         result = stage.run({name: request.sections[name] for name in stage.sections}, context)
         tracking.flush()
-        answer = {
-            "kind": "done",
-            "outputs": dict(result.outputs),
-            "metrics": {key: float(value) for key, value in result.metrics.items()},
-            "headline": list(result.headline),
-            "tokens": int(result.tokens),
-            "flops": float(result.flops),
-        }
+        answer = {"kind": "done", **result.as_record()}
     except RequestError as error:
         answer = {"kind": "request", "problems": error.problems}
     except WorkError as error:

@@ -57,11 +57,7 @@ class StageDirectory:
                 damage = fingerprint.damage(self.path / relative, record["files"][name])
                 if damage:
                     return None, damage
-            label, before, after = record["headline"]
-            result = StageResult(
-                record["outputs"], record["metrics"], (label, before, after), record["tokens"], record["flops"]
-            )
-            return Finished(result, record["digests"], record["seconds"], record), None
+            return Finished(StageResult.from_record(record), record["digests"], record["seconds"], record), None
         except FileNotFoundError:
             return None, None
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -73,11 +69,7 @@ class StageDirectory:
         return {
             "stage": self.stage,
             "identity": self.identity,
-            "outputs": dict(result.outputs),
-            "metrics": {key: float(value) for key, value in result.metrics.items()},
-            "headline": list(result.headline),
-            "tokens": int(result.tokens),
-            "flops": float(result.flops),
+            **result.as_record(),
             "seconds": seconds,
             "digests": {name: fingerprint.digest_of(entries) for name, entries in files.items()},
             "files": files,

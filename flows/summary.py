@@ -50,6 +50,11 @@ def totals(outcomes: Sequence[Outcome], seconds: float, cpu_watts: float) -> str
     )
 
 
+def learned(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
+    """(stage, sentence) lines: what each stage says of itself."""
+    return [(outcome.stage, note) for outcome in outcomes for note in outcome.result.notes]
+
+
 def places(outcomes: Sequence[Outcome], root: Path, links: Mapping[str, str]) -> list[tuple[str, str]]:
     """(what, where) lines: directories, the tracker's and the workflow's pages, and the next command."""
     lines = [(f"{o.stage}", str(o.directory)) for o in outcomes]
@@ -84,10 +89,13 @@ def table(
         rows.add_column(column, justify="left" if column in ("stage", "", "main metric") else "right")
     for outcome in outcomes:
         rows.add_row(*(Text(cell) for cell in cells(outcome)))
-    where = Table.grid(padding=(0, 2))
-    for what, place in places(outcomes, root, links):
-        where.add_row(Text(what, style="bold"), Text(place, overflow="fold"))
-    return Group(rows, Text(""), Text(totals(outcomes, seconds, cpu_watts)), Text(""), where)
+    parts: list[RenderableType] = [rows, Text("")]
+    for lines in (learned(outcomes), places(outcomes, root, links)):
+        grid = Table.grid(padding=(0, 2))
+        for what, text in lines:
+            grid.add_row(Text(what, style="bold"), Text(text, overflow="fold"))
+        parts += [grid, Text("")] if lines else []
+    return Group(*parts, Text(totals(outcomes, seconds, cpu_watts)))
 
 
 def markdown(
@@ -96,6 +104,7 @@ def markdown(
     """The same for the workflow's and the tracker's pages."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(cells(outcome))} |" for outcome in outcomes]
+    lines += ["", *(f"- {stage}: {note}" for stage, note in learned(outcomes))]
     lines += ["", totals(outcomes, seconds, cpu_watts), ""]
     for what, place in places(outcomes, root, links):
         lines.append(f"- {what}: {place}" if place.startswith("http") else f"- {what}: `{place}`")

@@ -8,7 +8,8 @@ samples of one problem are not independent.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,16 @@ def assess(
     }
     tokens = sum(len(a.token_ids) for a in answered)
     return Assessment(metrics, [a.transcript() for a in first], tokens)
+
+
+def gain_note(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """What changed between two examinations on the test problems, in a sentence."""
+    shown = {"greedy": "test_greedy_accuracy"}
+    shown |= {name.replace("test_pass_at_", "pass@"): name for name in after if re.fullmatch(r"test_pass_at_\d+", name)}
+    shown |= {"share of answers with thinking": "test_thinking_share"}
+    figures = ", ".join(f"{label} {before[name]:.3f} → {after[name]:.3f}" for label, name in shown.items())
+    tokens = "test_thinking_tokens"
+    return f"Held-out problems: {figures}; thinking {before[tokens]:.1f} → {after[tokens]:.1f} tokens."
 
 
 class Examiner:

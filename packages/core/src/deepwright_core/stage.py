@@ -27,6 +27,7 @@ class StageResult:
 
     outputs: artifact name -> path relative to the stage's directory.
     metrics: final numbers. `headline` tells which of them to show first, as (label, before, after).
+    notes: what was learned, in a sentence or two with the figures.
     """
 
     outputs: Mapping[str, str]
@@ -34,6 +35,31 @@ class StageResult:
     headline: tuple[str, float | None, float | None] = ("", None, None)
     tokens: int = 0
     flops: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def as_record(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "outputs": dict(self.outputs),
+            "metrics": {key: float(value) for key, value in self.metrics.items()},
+            "headline": list(self.headline),
+            "tokens": int(self.tokens),
+            "flops": float(self.flops),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> StageResult:
+        """Back from JSON; `KeyError`, `TypeError` or `ValueError` when the record is not one."""
+        label, before, after = record["headline"]
+        return cls(
+            record["outputs"],
+            record["metrics"],
+            (label, before, after),
+            record["tokens"],
+            record["flops"],
+            tuple(record["notes"]),
+        )
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from deepwright_core.engine import Engine
-from deepwright_core.evaluation import EvaluationConfig, Examiner
+from deepwright_core.evaluation import EvaluationConfig, Examiner, gain_note
 from deepwright_core.events import RolloutEvent
 from deepwright_core.model.cost import count
 from deepwright_core.model.directory import load_model, save_model
@@ -222,4 +222,5 @@ def run(config: RLConfig, sections: Mapping[str, Any], context: StageContext) ->
         ("test accuracy, sampled", before["test_pass_at_1"], after["test_pass_at_1"]),
         memory["tokens"],
         memory["flops"],
+        (gain_note(before, after),),
     )

@@ -77,6 +77,16 @@ def check(config: PretrainConfig, sections: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def balance_note(balance: Mapping[str, float]) -> list[str]:
+    """How even the experts' load became; nothing for a model without experts."""
+    if not balance:
+        return []
+    return [
+        f"The busiest expert was {balance['expert_max_violation_first']:.0%} above an even load at first and "
+        f"{balance['expert_max_violation_last']:.0%} at the end; dead experts: {balance['dead_experts']:.0f}."
+    ]
+
+
 class BitsPerByte:
     """Validation loss in bits per byte of text: comparable between tokenizers, and with any compressor."""
 
@@ -177,4 +187,10 @@ def run(config: PretrainConfig, sections: Mapping[str, Any], context: StageConte
         ("validation bits per byte", first, last),
         tokens_per_step * config.steps,
         flops_per_step * config.steps,
+        (
+            f"Held-out text takes {last:.3f} bits per byte; the tokenizer's unigram model takes {unigram:.3f}.",
+            f"The cache holds {cost.cache_values} values per token; plain multi-head attention with the same heads "
+            f"would hold {cost.mha_cache_values} ({1 - cost.cache_values / cost.mha_cache_values:.0%} less).",
+            *balance_note(memory["balance"]),
+        ),
     )

@@ -16,7 +16,7 @@ from pydantic import Field
 from ..chat import encode_many_with_mask
 from ..data.examples import Example, PackedExamples
 from ..data.mixture import conversation
-from ..evaluation import EvaluationConfig, Examiner
+from ..evaluation import EvaluationConfig, Examiner, gain_note
 from ..model.cost import count
 from ..model.directory import load_model, save_model
 from ..model.precision import resolve
@@ -140,4 +140,5 @@ def run(config: SFTConfig, sections: Mapping[str, Any], context: StageContext) -
         ("test accuracy, sampled", first["test_pass_at_1"], last["test_pass_at_1"]),
         tokens,
         count(model).training_flops(tokens, config.sequence_length),
+        (gain_note(first, last),),
     )
