@@ -23,15 +23,17 @@ from deepwright_core.model.transformer import Transformer, build_model
 from deepwright_core.plugins import installed
 
 # Sizes of the model that the demonstration trains.
-DEMO: dict[str, Any] = {
-    "vocab_size": 512,
+DEMO: dict[str, Any] = {  # conf/model/tiny.yaml with the demo's vocabulary
+    "vocab_size": 1024,
     "hidden_size": 128,
-    "layers": 4,
+    "layers": 3,
     "intermediate_size": 256,
+    "first_dense_layers": 1,
     "max_positions": 512,
-    "init_std": 0.02,
+    "tied_head": True,
+    "init_std": 0.05,
     "attention": {"name": "mla"},
-    "ffn": {"name": "dense"},
+    "ffn": {"name": "moe"},
 }
 
 
