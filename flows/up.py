@@ -147,9 +147,23 @@ class Services:
     def _addresses(self) -> str:
         return (
             f"Workflow (start and watch runs):  {self.prefect}/v2/deployments\n"
-            f"Tracker (metrics and models):     {self.mlflow}/?workflowType=machine_learning\n"
+            f"Tracker (metrics and models):     {self._tracker_page()}\n"
             f"Runs write to {self.root}. Ctrl-C stops everything."
         )
+
+    def _tracker_page(self) -> str:
+        """The page of the newest experiment that runs wrote to. MLflow's front page speaks of other things; the view of
+        training runs has to be asked for."""
+        import httpx
+
+        query = {"max_results": 2, "order_by": ["last_update_time DESC"]}
+        try:
+            found = httpx.post(f"{self.mlflow}/api/2.0/mlflow/experiments/search", json=query, timeout=10).json()
+            ids = [e["experiment_id"] for e in found.get("experiments", []) if e["experiment_id"] != "0"]
+        except (httpx.HTTPError, ValueError):
+            ids = []
+        place = f"experiments/{ids[0]}/runs" if ids else "experiments"
+        return f"{self.mlflow}/#/{place}?workflowType=machine_learning"
 
     def _start(self, name: str, arguments: list[str], environment: dict[str, str]) -> _Child:
         from . import lifeline
