@@ -1,7 +1,7 @@
 # What people type. `make pipeline` on a fresh clone is enough: it sets everything up first.
 #
 #   make pipeline ARGS="experiment=smoke"     pass overrides on
-#   make test ARGS="tests/core -x"            pass options on
+#   make test ARGS="tests/core -x"            pass options on (WORKERS=1: one process)
 #   make setup PYTHON=python3.12              choose the interpreter
 #   make setup TORCH="torch==2.12.0" PIP_FLAGS="..."
 #                                             another build of torch, for a GPU; PIP_FLAGS goes to pip as it is
@@ -11,6 +11,7 @@ VENV ?= .venv
 TORCH ?=
 PIP_FLAGS ?=
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -39,7 +40,7 @@ pipeline: setup  ## text to a served reasoning model
 	$(BIN)/deepwright run pipeline $(ARGS)
 
 test: setup  ## every test that this machine can run
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 ui: setup  ## the pages of the workflow and the tracker, and a worker
 	$(BIN)/deepwright up $(ARGS)
