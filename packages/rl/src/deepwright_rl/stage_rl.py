@@ -20,7 +20,7 @@ from deepwright_core.evaluation import EvaluationConfig, Examiner, gain_note
 from deepwright_core.events import RolloutEvent
 from deepwright_core.model.cost import count
 from deepwright_core.model.directory import load_model, save_model
-from deepwright_core.model.precision import resolve
+from deepwright_core.model.precision import autocast, resolve
 from deepwright_core.registry import ComponentOf, Registry
 from deepwright_core.stage import Stage, StageContext, StageResult, write_atomically
 from deepwright_core.tasks import Problem, load_problems
@@ -159,17 +159,18 @@ def run(config: RLConfig, sections: Mapping[str, Any], context: StageContext) ->
         def step(number: int) -> Metrics:
             model.eval()
             engine.update_weights()
-            rollouts = roll_out(
-                engine,
-                tokenizer,
-                problems.at(number),
-                verifier.score,
-                rewards,
-                group_size=config.group_size,
-                temperature=config.temperature,
-                max_tokens=config.max_tokens,
-                seed=(seed * config.steps + number) * SEEDS_PER_STEP,
-            )
+            with autocast(device, trainer.dtype):  # what samples and what learns must be the same policy
+                rollouts = roll_out(
+                    engine,
+                    tokenizer,
+                    problems.at(number),
+                    verifier.score,
+                    rewards,
+                    group_size=config.group_size,
+                    temperature=config.temperature,
+                    max_tokens=config.max_tokens,
+                    seed=(seed * config.steps + number) * SEEDS_PER_STEP,
+                )
             transcripts: list[Mapping[str, Any]] = [
                 sample.transcript() | {"reward": reward}
                 for sample, reward in zip(rollouts.samples, rollouts.rewards_PG.flatten().tolist(), strict=True)
