@@ -13,7 +13,6 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.registry import KINDS, Component, ComponentOf, Registry
@@ -43,7 +42,7 @@ def derive(model: type[BaseModel], registry: Registry, group: str | None) -> Der
     values: dict[str, Any] = {}
     choices: dict[str, str] = {}
     for name, field in model.model_fields.items():
-        if field.default is PydanticUndefined and field.default_factory is None:
+        if field.is_required():
             values[name] = MISSING
             continue
         value = _plain(field.get_default(call_default_factory=True, validated_data={}))

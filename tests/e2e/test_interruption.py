@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import Run, command, environment
 
-LONG_ENOUGH_TO_KILL = ("pretrain.steps=60", "pretrain.save_every=5", "pretrain.evaluate_every=0", "sft.steps=20")
+LONG_ENOUGH_TO_KILL = ("pretrain.steps=120", "pretrain.save_every=5", "pretrain.evaluate_every=0", "sft.steps=20")
 
 
 def arguments(root: Path, target: str) -> list[str]:
@@ -22,13 +22,13 @@ def weights(root: Path, stage: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def kill_when(root: Path, target: str, pattern: str) -> None:
-    """Start the command and kill it, with no chance to clean up, as soon as a file matches the pattern."""
+def kill_after(root: Path, target: str, steps: int) -> None:
+    """Start the command and kill it, with no chance to clean up, once that many steps of its stage are saved."""
     process = subprocess.Popen(
         command(*arguments(root, target)), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not list(root.glob(pattern)):
+    while not any(int(path.name[-8:]) >= steps for path in root.glob(f"stages/{target}-*/checkpoints/step-*")):
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -39,9 +39,9 @@ def kill_when(root: Path, target: str, pattern: str) -> None:
 def test_a_killed_pretraining_ends_bit_for_bit_like_one_that_was_not(deepwright: Run, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert deepwright(*arguments(whole, "pretrain")).returncode == 0
-    kill_when(cut, "pretrain", "stages/pretrain-*/checkpoints/step-00000010")
+    kill_after(cut, "pretrain", 10)
     assert not list(cut.glob("stages/pretrain-*/result.json"))
-    kill_when(cut, "pretrain", "stages/pretrain-*/checkpoints/.step-00000030.tmp/model.safetensors")
+    kill_after(cut, "pretrain", 30)
     again = deepwright(*arguments(cut, "pretrain"))
     assert again.returncode == 0, again.stderr
     assert weights(cut, "pretrain") == weights(whole, "pretrain")
@@ -51,7 +51,7 @@ def test_a_killed_pretraining_ends_bit_for_bit_like_one_that_was_not(deepwright:
 def test_a_killed_reinforcement_ends_bit_for_bit_like_one_that_was_not(deepwright: Run, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert deepwright(*arguments(whole, "rl")).returncode == 0
-    kill_when(cut, "rl", "stages/rl-*/checkpoints/step-00000002")
+    kill_after(cut, "rl", 2)
     again = deepwright(*arguments(cut, "rl"))
     assert again.returncode == 0, again.stderr
     assert weights(cut, "rl") == weights(whole, "rl")
@@ -60,7 +60,7 @@ def test_a_killed_reinforcement_ends_bit_for_bit_like_one_that_was_not(deepwrigh
 def test_a_corrupt_newest_checkpoint_falls_back_and_says_so(deepwright: Run, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert deepwright(*arguments(whole, "pretrain")).returncode == 0
-    kill_when(cut, "pretrain", "stages/pretrain-*/checkpoints/step-00000020")
+    kill_after(cut, "pretrain", 20)
     newest = sorted(cut.glob("stages/pretrain-*/checkpoints/step-*"))[-1]
     with (newest / "model.safetensors").open("r+b") as file:
         file.seek(-8, 2)
