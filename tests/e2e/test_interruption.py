@@ -9,7 +9,13 @@ import pytest
 
 from .conftest import Run, command, environment
 
-LONG_ENOUGH_TO_KILL = ("pretrain.steps=120", "pretrain.save_every=5", "pretrain.evaluate_every=0", "sft.steps=20")
+LONG_ENOUGH_TO_KILL = (
+    "pretrain.steps=120",
+    "pretrain.save_every=5",
+    "pretrain.evaluate_every=0",
+    "sft.steps=20",
+    "rl.steps=12",
+)
 
 
 def arguments(root: Path, target: str) -> list[str]:
