@@ -17,7 +17,10 @@ FAST = ("run.workflow=none", "tracking=jsonl", "experiment=smoke")
         (["pretrain.steps=many"], ["pretrain.steps", "many"]),
         (["model/attention=mlaa"], ["mlaa", "mla"]),
         (["model.ffn.experts=6", "model.ffn.router.groups=4"], ["model.ffn", "6", "4"]),
-        (["pretrain.sequence_length=4096"], ["pretrain.sequence_length", "4096", "model.max_positions"]),
+        (
+            ["pretrain.sequence_length=4096", "sft.sequence_length=2048", "distill.sequence_length=1024"],
+            ["pretrain.sequence_length is 4096", "sft.sequence_length is 2048", "distill.student.max_positions"],
+        ),
         (["seed=-1", "rl.lr=0", "+sft.x=1"], ["seed", "rl.lr", "sft.x"]),
         (["data=jsonl", "data.path=nothing/*.jsonl"], ["nothing/*.jsonl"]),
     ],

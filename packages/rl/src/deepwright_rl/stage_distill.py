@@ -66,7 +66,13 @@ def build(config: DistillConfig) -> Stage:
         ("seed", "precision", "optimizer", "schedule", "distill"),
         {"problems": "prepare", "rl_model": "rl"},
         partial(run, config),
+        partial(check, config),
     )
+
+
+def check(config: DistillConfig, sections: Mapping[str, Any]) -> list[str]:
+    """Rows must fit the student."""
+    return config.student.too_long(config.sequence_length, "distill.sequence_length", "distill.student")
 
 
 def verified_samples(

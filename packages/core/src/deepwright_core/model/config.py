@@ -78,3 +78,9 @@ class ModelConfig(BaseModel):
                 "expected at most that many"
             )
         return self
+
+    def too_long(self, length: int, where: str, model: str = "model") -> list[str]:
+        """A sentence when rows of `length` tokens, set at `where`, are longer than the model has positions for."""
+        if length <= self.max_positions:
+            return []
+        return [f"{where} is {length}; expected at most {model}.max_positions, which is {self.max_positions}."]

@@ -62,13 +62,7 @@ def build(config: PretrainConfig) -> Stage:
 
 def check(config: PretrainConfig, sections: Mapping[str, Any]) -> list[str]:
     """What cannot be seen in one section alone."""
-    problems = []
-    longest = sections["model"].max_positions
-    if config.sequence_length > longest:
-        problems.append(
-            f"pretrain.sequence_length is {config.sequence_length}; "
-            f"expected at most model.max_positions, which is {longest}."
-        )
+    problems: list[str] = sections["model"].too_long(config.sequence_length, "pretrain.sequence_length")
     if config.micro_batch and config.batch_size % config.micro_batch:
         problems.append(
             f"pretrain.batch_size is {config.batch_size}; "

@@ -60,7 +60,14 @@ def build(config: SFTConfig) -> Stage:
         ("seed", "precision", "optimizer", "schedule", "sft"),
         {"problems": "prepare", "base_model": "pretrain"},
         partial(run, config),
+        partial(check, config),
     )
+
+
+def check(config: SFTConfig, sections: Mapping[str, Any]) -> list[str]:
+    """Rows must fit the model, when the config has one."""
+    model = sections.get("model")
+    return [] if model is None else model.too_long(config.sequence_length, "sft.sequence_length")
 
 
 def solutions(tokenizer: Tokenizer, problems: Sequence[Problem], worked_share: float, seed: int) -> list[Example]:
