@@ -19,14 +19,9 @@ from pydantic import BaseModel
 
 from deepwright_core.errors import WorkError
 from deepwright_core.registry import Component, Registry
+from deepwright_core.stage import file_digest
 
 ALWAYS = ("deepwright_core", "deepwright_kernels")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_of(path: Path) -> list[Path]:

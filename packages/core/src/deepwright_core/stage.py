@@ -97,6 +97,12 @@ def identity(sections: Mapping[str, Any], input_digests: Mapping[str, str], code
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader sees either the old content or the new, never a part (also after a crash)."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ a warning.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,17 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..model.directory import load_weights, weights
+from ..stage import file_digest
 
 PREFIX = "step-"
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = CONTENTS = ("model.safetensors", "optimizer.safetensors", "state.json")
 DIGESTS_FILE = "digests.json"
 CPU_RANDOM, CUDA_RANDOM = "random.cpu", "random.cuda"
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
