@@ -1,11 +1,13 @@
 """A model directory: `config.json`, `model.safetensors`, and the tokenizer's files beside them.
 
-Written so that a reader sees a whole directory or none; read without executing anything.
+Written so that a reader sees a whole directory or none; read without executing anything. A large model's weights may
+lie in several files with an index (`tensor_files`).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,22 +19,26 @@ from ..errors import RequestError
 from ..registry import Registry, parse
 from ..stage import write_atomically
 from .config import ModelConfig
+from .tensor_files import WEIGHTS_FILE, TensorFiles, differences
 from .transformer import Transformer, build_model
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+
+
+def distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, as they are, each once (a tied head stands under the embedding)."""
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept[name] = tensor
+    return kept
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, each storage once (a tied head is not written twice)."""
-    seen: set[int] = set()
-    kept = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        kept[name] = tensor.detach().cpu().contiguous()
-    return kept
+    """Parameters and persistent buffers by name, ready to be saved."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in distinct_tensors(model).items()}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -44,19 +50,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise RequestError(f"{path} cannot be read: {error}.") from None
-    wanted = weights(model)
-    problems = [f"{path}: '{name}' is missing." for name in sorted(wanted.keys() - stored.keys())]
-    problems += [
-        f"{path}: '{name}' belongs to no parameter of the model." for name in sorted(stored.keys() - wanted.keys())
-    ]
-    problems += [
-        f"{path}: '{name}' has shape {list(stored[name].shape)}; the model wants {list(wanted[name].shape)}."
-        for name in sorted(wanted.keys() & stored.keys())
-        if stored[name].shape != wanted[name].shape
-    ]
+    wanted = distinct_tensors(model)
+    problems = differences(_shapes(wanted), _shapes(stored), str(path))
     if problems:
         raise RequestError(problems)
     model.load_state_dict(stored, strict=False)  # not strict: a tied head stands once in the file
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def save_model(model: Transformer, directory: Path) -> None:
@@ -91,9 +93,17 @@ def load_model(
 ) -> Transformer:
     """Load a model directory, in evaluation mode. `dtype` casts the parameters (buffers stay float32)."""
     config = read_config(directory, registry)
+    files = TensorFiles(directory)
     model = build_model(registry, config)
-    load_weights(model, directory / WEIGHTS_FILE)
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
+    wanted = distinct_tensors(model)
+    problems = differences(_shapes(wanted), {n: t.shape for n, t in files.tensors.items()}, str(directory))
+    if problems:
+        raise RequestError(problems)
+    with torch.no_grad():
+        for name in sorted(wanted, key=lambda name: files.tensors[name].file):
+            wanted[name].copy_(files.read(name))
+    files.close()
     return model.to(device).eval()

@@ -1,0 +1,48 @@
+"""Block-scaled FP8 weights: to e4m3 with a scale for each block, and back. No gradients: this is a storage format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..arguments import FLOATS, require, require_device, require_dtype, require_shape
+
+QUANTISE, DEQUANTISE = "quantise_fp8_blocks", "dequantise_fp8_blocks"
+for name in (QUANTISE, DEQUANTISE):
+    dispatch.operator(name, {"reference": f"{__name__}.reference:{name}"}, cuda=("reference",))
+
+SCALES = (torch.float32, torch.float8_e8m0fnu)
+
+
+def _require_block(operator: str, block: tuple[int, int]) -> None:
+    require(len(block) == 2 and min(block) >= 1, operator, "block", f"is {block}; expected two positive sizes")
+
+
+def quantise_fp8_blocks(
+    x_NK: Tensor, block: tuple[int, int] = (128, 128), power_of_two_scales: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x_NK [N, K] -> e4m3 values [N, K] and float32 scales [⌈N/128⌉, ⌈K/128⌉] that multiply.
+
+    power_of_two_scales: round scales up to powers of two ("ue8m0"). Infinities and NaN give NaN.
+    """
+    require_shape(QUANTISE, "x_NK", x_NK, (None, None), "[N, K]")
+    require_dtype(QUANTISE, "x_NK", x_NK, FLOATS)
+    _require_block(QUANTISE, block)
+    values_NK, scale_UV = dispatch.implementation(QUANTISE, x_NK)(x_NK, block, power_of_two_scales)
+    return values_NK, scale_UV
+
+
+def dequantise_fp8_blocks(
+    values_NK: Tensor, scale_UV: Tensor, block: tuple[int, int] = (128, 128), dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """e4m3 values [N, K] times their blocks' scales [⌈N/128⌉, ⌈K/128⌉] (float32 or e8m0) -> [N, K] in `dtype`."""
+    require_shape(DEQUANTISE, "values_NK", values_NK, (None, None), "[N, K]")
+    require_dtype(DEQUANTISE, "values_NK", values_NK, (torch.float8_e4m3fn,))
+    _require_block(DEQUANTISE, block)
+    blocks = tuple(-(-size // each) for size, each in zip(values_NK.shape, block, strict=True))
+    require_shape(DEQUANTISE, "scale_UV", scale_UV, blocks, "[⌈N/block⌉, ⌈K/block⌉]")
+    require_dtype(DEQUANTISE, "scale_UV", scale_UV, SCALES)
+    require_device(DEQUANTISE, "scale_UV", scale_UV, values_NK.device)
+    x_NK: Tensor = dispatch.implementation(DEQUANTISE, values_NK)(values_NK, scale_UV, block, dtype)
+    return x_NK
