@@ -1,6 +1,6 @@
 """deepwright_core as a plugin: what it registers."""
 
-from . import data, tasks, tokenizer
+from . import data, finetune, huggingface, tasks, tokenizer
 from .hookspecs import hookimpl
 from .model import attention, feed_forward
 from .registry import Registry
@@ -10,5 +10,18 @@ from .training import optimizer, schedule
 
 @hookimpl
 def deepwright_register(registry: Registry) -> None:
-    for part in (attention, feed_forward, optimizer, schedule, data, tokenizer, tasks, prepare, pretrain, sft):
+    for part in (
+        attention,
+        feed_forward,
+        finetune,
+        optimizer,
+        schedule,
+        data,
+        tokenizer,
+        tasks,
+        huggingface,
+        prepare,
+        pretrain,
+        sft,
+    ):
         part.register(registry)

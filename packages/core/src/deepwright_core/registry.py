@@ -56,6 +56,7 @@ KINDS: dict[str, Kind] = {
             "model/ffn/router",
             "expert choice of a mixture: (config, hidden_size, experts, top_k) -> nn.Module",
         ),
+        Kind("finetune", "finetune", "what trains of a model that exists: (config, model, seed) -> FineTuning"),
         Kind("optimizer", "optimizer", "parameter update: (config, model) -> torch.optim.Optimizer"),
         Kind("schedule", "schedule", "learning rate over a run: (config, total_steps) -> (step -> factor)"),
         Kind("source", "data", "where text comes from: (config) -> iterator of documents"),
@@ -66,6 +67,7 @@ KINDS: dict[str, Kind] = {
         Kind("policy_loss", None, "the policy objective: (config) -> callable"),
         Kind("algorithm", "rl/algorithm", "a whole RL recipe: (config, registry) -> Algorithm"),
         Kind("kernel_backend", None, "implementations of operators for a device"),
+        Kind("checkpoint_format", None, "a published layout of configs and tensors: (config) -> Format"),
         Kind("stage", None, "a step of the pipeline: (config, inputs, context) -> StageResult"),
     )
 }

@@ -85,12 +85,12 @@ class TensorFiles:
         """The files that hold tensors."""
         return [self.directory / file for file in sorted({tensor.file for tensor in self.tensors.values()})]
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or some of its rows."""
+    def read(self, name: str, part: tuple[int | slice, ...] = ()) -> Tensor:
+        """A tensor, or the part of it that an index of its first dimensions picks out."""
         stored = self.tensors[name]
         try:
-            part = self._handle(stored.file).get_slice(name)
-            tensor: Tensor = part[:] if rows is None else part[rows]
+            handle = self._handle(stored.file)
+            tensor: Tensor = handle.get_slice(name)[part] if part else handle.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise RequestError(f"{self.directory / stored.file}: '{name}' cannot be read: {error}.") from None
         return tensor

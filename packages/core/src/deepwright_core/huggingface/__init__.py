@@ -1,0 +1,25 @@
+"""Checkpoints as others publish and load them: formats, reading into our model, writing out of it."""
+
+from __future__ import annotations
+
+from ..registry import Registry
+from . import deepseek, llama
+from .exporting import Exported, export_directory
+from .importing import Imported, import_directory
+from .memory import from_published, to_published
+
+__all__ = [
+    "Exported",
+    "Imported",
+    "export_directory",
+    "from_published",
+    "import_directory",
+    "register",
+    "to_published",
+]
+
+
+def register(registry: Registry) -> None:
+    """Add the formats of DeepSeek-V3, DeepSeek-V2, Llama and Qwen2."""
+    deepseek.register(registry)
+    llama.register(registry)
