@@ -8,13 +8,16 @@ are its own business and pass through.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import RequestError, did_you_mean
 from .model.config import ModelConfig
 from .model.precision import Precision
+from .model.transformer import Transformer, build_model
 from .registry import KINDS, Registry, parse
 from .stage import Stage
 
@@ -66,6 +69,8 @@ def validate(registry: Registry, composed: Mapping[str, Any]) -> dict[str, Any]:
             attempt(name, lambda name=name, config=config: parse(config, _mapping(composed, name), name, registry))
     if problems:
         raise RequestError(problems)
+    if "finetune" in sections and "model" in sections:
+        problems += sections["finetune"].problems(partial(_on_meta, registry, sections["model"]), "finetune")
     for name in stage_names:
         if name in sections:
             stage: Stage = registry.get("stage", name).build(sections[name])
@@ -76,6 +81,12 @@ def validate(registry: Registry, composed: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise RequestError(problems)
     return sections
+
+
+def _on_meta(registry: Registry, config: ModelConfig) -> Transformer:
+    """The model without memory for its weights. Sizes that only the tokenizer knows do not matter here."""
+    with torch.device("meta"):
+        return build_model(registry, config)
 
 
 def _mapping(composed: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -80,6 +80,9 @@ class Stage:
 
     sections: top-level keys of the composed config that change its result.
     needs: artifact name -> the stage that makes it.
+    start: the artifact that is the model it starts from. Where `needs` has it, a given model (`model.init`) can stand
+    in for it; where not, the stage makes a model from nothing unless it is given one.
+    given: artifact name -> a directory that the config names; its content is part of the identity.
     run: (validated sections by name, context) -> StageResult.
     check: validated sections -> one sentence for each problem that no section shows alone.
     """
@@ -89,6 +92,8 @@ class Stage:
     needs: Mapping[str, str]
     run: Callable[[Mapping[str, Any], StageContext], StageResult]
     check: Callable[[Mapping[str, Any]], list[str]] = lambda sections: []
+    start: str = ""
+    given: Mapping[str, Path] = field(default_factory=dict)
 
 
 def identity(sections: Mapping[str, Any], input_digests: Mapping[str, str], code: Mapping[str, str]) -> str:

@@ -18,14 +18,15 @@ from pydantic import Field
 from deepwright_core.engine import Engine
 from deepwright_core.evaluation import EvaluationConfig, Examiner, gain_note
 from deepwright_core.events import RolloutEvent
+from deepwright_core.finetune.method import FineTuning
+from deepwright_core.finetune.start import load_start
 from deepwright_core.model.cost import count
-from deepwright_core.model.directory import load_model, save_model
+from deepwright_core.model.directory import save_model
 from deepwright_core.model.precision import autocast, resolve
 from deepwright_core.registry import ComponentOf, Registry
 from deepwright_core.stage import Stage, StageContext, StageResult, write_atomically
 from deepwright_core.tasks import Problem, load_problems
 from deepwright_core.tasks.verifier import Verifier
-from deepwright_core.tokenizer import Tokenizer
 from deepwright_core.training.machine import pick_device
 from deepwright_core.training.schedule import ConstantConfig, build_constant
 from deepwright_core.training.trainer import Metrics, Trainer, TrainingConfig, train
@@ -75,10 +76,11 @@ def build(config: RLConfig) -> Stage:
     """Reinforcement learning on verifiable rewards."""
     return Stage(
         "rl",
-        ("seed", "precision", "optimizer", "rl"),
+        ("seed", "precision", "optimizer", "finetune", "rl"),
         {"problems": "prepare", "sft_model": "sft"},
         partial(run, config),
         partial(check, config),
+        start="sft_model",
     )
 
 
@@ -130,25 +132,27 @@ def rollout_metrics(rollouts: Rollouts) -> Metrics:
 
 
 def run(config: RLConfig, sections: Mapping[str, Any], context: StageContext) -> StageResult:
-    """Sample, reward, learn; the SFT model is both the start and the reference."""
+    """Sample, reward, learn; the model that it starts from is also the reference."""
     registry, seed = context.registry, sections["seed"]
     device = pick_device()
-    start = context.inputs["sft_model"]
-    tokenizer = Tokenizer.load(start)
-    model = load_model(start, registry, device)
+    start = load_start(context.inputs["sft_model"], registry, device)
+    model, tokenizer = start.model, start.tokenizer
+    cost = count(model)
+    tuning: FineTuning = registry.build("finetune", sections["finetune"], model, seed)
     algorithm: Algorithm = registry.build("algorithm", config.algorithm)
-    reference = load_model(start, registry, device) if algorithm.needs_reference else None
+    needs_reference = algorithm.needs_reference
+    reference = load_start(context.inputs["sft_model"], registry, device).model if needs_reference else None
     trainer = Trainer(
         model,
         registry.build("optimizer", sections["optimizer"], model, lr=config.lr),
         build_constant(ConstantConfig(warmup_steps=config.warmup_steps), config.steps),
         config.clip,
         resolve(sections["precision"], device),
+        balances=tuning.balances,
     )
     rewards = build_rewards(registry, config.rewards)
     problems = ProblemOrder(load_problems(context.inputs["problems"] / "train.jsonl"), config.problems_per_step, seed)
     engine = Engine(model, tokenizer.eos_id)
-    cost = count(model)
     memory: dict[str, Any] = {"tokens": 0, "flops": 0.0}
 
     with Verifier() as verifier:
@@ -159,7 +163,8 @@ def run(config: RLConfig, sections: Mapping[str, Any], context: StageContext) ->
         def step(number: int) -> Metrics:
             model.eval()
             engine.update_weights()
-            with autocast(device, trainer.dtype):  # what samples and what learns must be the same policy
+            # What samples and what learns must be the same policy.
+            with tuning.sampling(), autocast(device, trainer.dtype):
                 rollouts = roll_out(
                     engine,
                     tokenizer,
@@ -202,6 +207,10 @@ def run(config: RLConfig, sections: Mapping[str, Any], context: StageContext) ->
                 write_atomically(context.directory / "samples" / "last-rollouts.jsonl", lines)
             return figures
 
+        def evaluate(number: int) -> Metrics:
+            with tuning.sampling():
+                return examiner(model, number)
+
         train(
             "rl",
             trainer,
@@ -209,19 +218,20 @@ def run(config: RLConfig, sections: Mapping[str, Any], context: StageContext) ->
             context,
             step,
             memory,
-            partial(examiner, model),
+            evaluate,
             lambda m: f"reward {m['reward']:.2f} · accuracy {m['accuracy']:.2f} · thinking {m['thinking_share']:.2f}",
         )
+    beside = tuning.finish(context.directory)
     save_model(model, context.directory / "model")
     tokenizer.save(context.directory / "model")
     before, after = memory["evaluations"][0], memory["evaluations"][-1]
     metrics = {f"before_{name}": value for name, value in before.items() if name != "step"}
     metrics |= {name: value for name, value in after.items() if name != "step"}
     return StageResult(
-        {"rl_model": "model", "samples": "samples"},
-        metrics | memory["balance"],
+        {"rl_model": "model", "samples": "samples", **beside},
+        metrics | memory["balance"] | dict(tuning.metrics),
         ("test accuracy, sampled", before["test_pass_at_1"], after["test_pass_at_1"]),
         memory["tokens"],
         memory["flops"],
-        (gain_note(before, after),),
+        (gain_note(before, after), *start.notes, *tuning.notes),
     )

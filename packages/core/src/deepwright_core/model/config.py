@@ -52,10 +52,13 @@ class ModelConfig(BaseModel):
     block with `ffn.name: dense`, unless that component says otherwise).
     vocab_size: 0 means "as many as the tokenizer has"; it is filled in when the model is built.
     init_std: standard deviation of every weight at the start (V3: 0.006).
+    init: a model directory whose weights are the start, in place of random ones; all other keys then say what its
+    config.json says. It belongs to a run and is no part of a model: no config.json holds it, and no identity.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    init: str = Field("", exclude=True)
     vocab_size: int = Field(0, ge=0)
     hidden_size: int = Field(ge=1)
     layers: int = Field(ge=1)

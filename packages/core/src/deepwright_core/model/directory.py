@@ -41,17 +41,17 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in distinct_tensors(model).items()}
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, wanted: Mapping[str, torch.Tensor] | None = None) -> None:
     """Load a safetensors file into a model; every tensor on both sides must be matched exactly once.
 
+    wanted: the tensors of the model that the file should hold (default: all of them).
     Raises `RequestError` listing what is missing, unexpected or of another shape; the model is then unchanged.
     """
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise RequestError(f"{path} cannot be read: {error}.") from None
-    wanted = distinct_tensors(model)
-    problems = differences(_shapes(wanted), _shapes(stored), str(path))
+    problems = differences(_shapes(distinct_tensors(model) if wanted is None else wanted), _shapes(stored), str(path))
     if problems:
         raise RequestError(problems)
     model.load_state_dict(stored, strict=False)  # not strict: a tied head stands once in the file

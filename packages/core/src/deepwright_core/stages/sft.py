@@ -17,8 +17,11 @@ from ..chat import encode_many_with_mask
 from ..data.examples import Example, PackedExamples
 from ..data.mixture import conversation
 from ..evaluation import EvaluationConfig, Examiner, gain_note
+from ..finetune.full import Full
+from ..finetune.method import FineTuning
+from ..finetune.start import load_start
 from ..model.cost import count
-from ..model.directory import load_model, save_model
+from ..model.directory import save_model
 from ..model.precision import resolve
 from ..model.transformer import Transformer
 from ..registry import Registry
@@ -57,10 +60,11 @@ def build(config: SFTConfig) -> Stage:
     """Base model to one that answers in chat form."""
     return Stage(
         "sft",
-        ("seed", "precision", "optimizer", "schedule", "sft"),
+        ("seed", "precision", "optimizer", "schedule", "finetune", "sft"),
         {"problems": "prepare", "base_model": "pretrain"},
         partial(run, config),
         partial(check, config),
+        start="base_model",
     )
 
 
@@ -88,8 +92,10 @@ def fine_tune(
     context: StageContext,
     pad_id: int,
     evaluate: Any,
+    tuning: FineTuning | None = None,
 ) -> dict[str, Any]:
-    """Train a model on examples through the one loop; returns its memory."""
+    """Train a model on examples through the one loop; returns its memory. tuning: what was made of the model before
+    (default: all of it trains)."""
     device = pick_device()
     trainer = Trainer(
         model.to(device),
@@ -97,6 +103,7 @@ def fine_tune(
         context.registry.build("schedule", sections["schedule"], config.steps),
         config.clip,
         resolve(sections["precision"], device),
+        balances=(tuning or Full()).balances,
     )
     data = PackedExamples(examples, config.batch_size, config.sequence_length, pad_id, sections["seed"])
 
@@ -124,28 +131,33 @@ def fine_tune(
 
 def run(config: SFTConfig, sections: Mapping[str, Any], context: StageContext) -> StageResult:
     """Fine-tune the base model on worked and bare solutions."""
-    base = context.inputs["base_model"]
-    tokenizer = Tokenizer.load(base)
+    start = load_start(context.inputs["base_model"], context.registry, pick_device())
+    model, tokenizer = start.model, start.tokenizer
     problems = context.inputs["problems"]
-    model = load_model(base, context.registry, pick_device())
+    cost = count(model)
+    tuning: FineTuning = context.registry.build("finetune", sections["finetune"], model, sections["seed"])
     chosen = load_problems(problems / "train.jsonl")[: config.examples or None]
     examples = solutions(tokenizer, chosen, config.worked_share, sections["seed"])
     with Verifier() as verifier:
         examiner = Examiner(
             "sft", tokenizer, problems, verifier.score, config.evaluation, sections["seed"], config.steps, context
         )
-        memory = fine_tune(
-            "sft", model, examples, config, sections, context, tokenizer.pad_id, partial(examiner, model)
-        )
+
+        def evaluate(number: int) -> Metrics:
+            with tuning.sampling():
+                return examiner(model, number)
+
+        memory = fine_tune("sft", model, examples, config, sections, context, tokenizer.pad_id, evaluate, tuning)
+    beside = tuning.finish(context.directory)
     save_model(model, context.directory / "model")
     tokenizer.save(context.directory / "model")
     tokens = config.steps * config.batch_size * config.sequence_length
     first, last = memory["evaluations"][0], memory["evaluations"][-1]
     return StageResult(
-        {"sft_model": "model", "samples": "samples"},
-        {key: value for key, value in last.items() if key != "step"} | memory["balance"],
+        {"sft_model": "model", "samples": "samples", **beside},
+        {key: value for key, value in last.items() if key != "step"} | memory["balance"] | dict(tuning.metrics),
         ("test accuracy, sampled", first["test_pass_at_1"], last["test_pass_at_1"]),
         tokens,
-        count(model).training_flops(tokens, config.sequence_length),
-        (gain_note(first, last),),
+        cost.training_flops(tokens, config.sequence_length),
+        (gain_note(first, last), *start.notes, *tuning.notes),
     )

@@ -2,6 +2,7 @@
 
 A checkpoint is a folder `step-00000100` with `model.safetensors`, `optimizer.safetensors` (state tensors and the random
 generators), `state.json` (step, and what the stage wants to remember) and `digests.json` (the SHA-256 of the others).
+Parameters that do not train are left out: whoever resumes has them from where the training started.
 It appears under its name only when all of it lies on the disk. One that does not match its digests is passed over with
 a warning.
 """
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..model.directory import load_weights, weights
+from ..model.directory import distinct_tensors, load_weights
 from ..stage import file_digest
 
 PREFIX = "step-"
@@ -35,6 +36,15 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def changing(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: parameters that want a gradient, and persistent buffers."""
+    return {
+        name: tensor
+        for name, tensor in distinct_tensors(model).items()
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+    }
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -71,7 +81,8 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            save_file(weights(model), temporary / MODEL_FILE)
+            kept = {name: tensor.detach().cpu().contiguous() for name, tensor in changing(model).items()}
+            save_file(kept, temporary / MODEL_FILE)
             tensors = optimizer_tensors(optimizer) | {CPU_RANDOM: torch.get_rng_state()}
             if torch.cuda.is_available():
                 tensors[CUDA_RANDOM] = torch.cuda.get_rng_state()
@@ -100,7 +111,7 @@ class Checkpoints:
                 )
                 continue
             document = json.loads((directory / STATE_FILE).read_text())
-            load_weights(model, directory / MODEL_FILE)
+            load_weights(model, directory / MODEL_FILE, changing(model))
             tensors = load_file(directory / OPTIMIZER_FILE)
             torch.set_rng_state(tensors.pop(CPU_RANDOM))
             cuda = tensors.pop(CUDA_RANDOM, None)

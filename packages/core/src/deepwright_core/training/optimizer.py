@@ -1,6 +1,7 @@
 """Optimizers: AdamW for everything, or Muon for hidden matrices with AdamW for the rest.
 
-Every parameter group carries `peak_lr`; the trainer sets `lr` from it and the schedule before each step.
+Every parameter group carries `peak_lr`; the trainer sets `lr` from it and the schedule before each step. Parameters
+that do not want a gradient (a fine-tuning may freeze most of them) are in no group.
 
 Shapes of Muon: E matrices of equal shape [M, N] (experts are stacked, so a 3-D parameter is a batch).
 """
@@ -103,34 +104,38 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1
 
 
+def _filled(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [group for group in groups if group["params"]]
+
+
 def build_adamw(config: AdamWConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """AdamW; matrices decay, vectors do not."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": config.weight_decay, "peak_lr": lr},
         {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0, "peak_lr": lr},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return torch.optim.AdamW(_filled(groups), lr=lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def build_muon(config: MuonConfig, model: nn.Module, lr: float) -> Muon:
     """Muon for hidden matrices; AdamW for embedding, head, routers and norms."""
     hidden, other, vectors = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if not _is_matrix(parameter):
             vectors.append(parameter)
         elif name.startswith(("embedding.", "head.")) or ".router." in name:
             other.append(parameter)
         else:
             hidden.append(parameter)
-    return Muon(
-        [
-            {"params": hidden, "muon": True, "peak_lr": lr, "lr": lr},
-            {"params": other, "peak_lr": lr, "lr": lr},
-            {"params": vectors, "weight_decay": 0.0, "peak_lr": lr, "lr": lr},
-        ],
-        config,
-    )
+    groups = [
+        {"params": hidden, "muon": True, "peak_lr": lr, "lr": lr},
+        {"params": other, "peak_lr": lr, "lr": lr},
+        {"params": vectors, "weight_decay": 0.0, "peak_lr": lr, "lr": lr},
+    ]
+    return Muon(_filled(groups), config)
 
 
 def register(registry: Registry) -> None:

@@ -64,7 +64,10 @@ def max_violation(loads: Mapping[int, Tensor]) -> float:
 
 
 class Trainer:
-    """A model with its optimizer: knows how to take one step."""
+    """A model with its optimizer: knows how to take one step.
+
+    balances: whether the routers correct their bias from the load; those of a model whose routers are frozen must not.
+    """
 
     def __init__(
         self,
@@ -73,8 +76,10 @@ class Trainer:
         schedule: Schedule,
         clip: float,
         dtype: torch.dtype = torch.float32,
+        balances: bool = True,
     ) -> None:
         self.model, self.optimizer, self.schedule, self.clip, self.dtype = model, optimizer, schedule, clip, dtype
+        self.balances = balances
         self.device = next(model.parameters()).device
         self._loads: dict[int, Tensor] = {}
 
@@ -111,7 +116,8 @@ class Trainer:
 
     def rebalance(self) -> None:
         """Let the routers correct themselves from the load since the last correction."""
-        self.model.balance(self._loads)
+        if self.balances:
+            self.model.balance(self._loads)
         self._loads = {}
 
 

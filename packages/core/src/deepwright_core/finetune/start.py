@@ -1,0 +1,79 @@
+"""The model directory that a stage starts from: one of ours, made by an import or by another stage.
+
+Imported tokenizers may lack the marks of the chat form; they are added, and the model gets rows for them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import RequestError
+from ..model.config import ModelConfig
+from ..model.directory import CONFIG_FILE, distinct_tensors, load_model, read_config
+from ..model.tensor_files import TensorFiles, differences
+from ..model.transformer import Transformer, build_model
+from ..model.vocabulary import grow_vocabulary
+from ..registry import Registry
+from ..tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model with a tokenizer that knows the chat form. notes: what had to be added, in sentences."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    notes: tuple[str, ...]
+
+
+def load_start(directory: Path, registry: Registry, device: str | torch.device = "cpu") -> Start:
+    """Load a model and its tokenizer, and make them fit for chat."""
+    tokenizer = Tokenizer.load(directory)
+    model = load_model(directory, registry, device)
+    new = grow_vocabulary(model, tokenizer.vocab_size)
+    rows = model.config.vocab_size
+    notes = (f"The vocabulary grew by {new} to {rows}: new rows are the mean of the others.",) if new else ()
+    return Start(model, tokenizer, notes)
+
+
+def read_start(directory: Path, registry: Registry) -> ModelConfig:
+    """The config of a directory that a stage may start from, without loading it: config, names and shapes of the
+    weights, and the tokenizer are looked at. `RequestError` says everything that is wrong."""
+    if not directory.is_dir():
+        raise RequestError(f"{directory} is no directory; expected one with {CONFIG_FILE}, weights and a tokenizer.")
+    _refuse_published(directory)
+    config = read_config(directory, registry)
+    problems: list[str] = []
+    try:
+        stored = {name: tensor.shape for name, tensor in TensorFiles(directory).tensors.items()}
+        with torch.device("meta"):
+            model = build_model(registry, config)
+        wanted = {name: tuple(tensor.shape) for name, tensor in distinct_tensors(model).items()}
+        problems += differences(wanted, stored, str(directory))
+    except RequestError as error:
+        problems += error.problems
+    try:
+        Tokenizer.load(directory)
+    except RequestError as error:
+        problems += error.problems
+    if problems:
+        raise RequestError(problems)
+    return config
+
+
+def _refuse_published(directory: Path) -> None:
+    """A directory in somebody else's format can be had in ours; `read_config` could only say that it is not."""
+    try:
+        document = json.loads((directory / CONFIG_FILE).read_text())
+        theirs = document["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if theirs != "deepwright":
+        raise RequestError(
+            f"{directory} holds a model in the Hugging Face format (model_type {theirs!r}); import it first, with "
+            f"`deepwright convert import {directory} <directory>`, and start from that directory."
+        )
