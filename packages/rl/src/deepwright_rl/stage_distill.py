@@ -2,13 +2,14 @@
 
 The teacher answers training problems; what its scorer accepts becomes supervised data. Beside the student, a control
 of the same size, start and number of steps learns from the plain SFT mixture: what the student has above it, it has
-from the teacher. Both start from random weights.
+from the teacher. Both start from random weights, or both from those that `student.init` names. A student that brings
+its own tokenizer is taught the teacher's words, not its ids.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any
 
 from pydantic import Field
 
+from deepwright_core.chat import encode_many_with_mask
 from deepwright_core.data.examples import Example
 from deepwright_core.engine import Engine, SamplingParams
 from deepwright_core.errors import WorkError
-from deepwright_core.evaluation import EvaluationConfig, Examiner, mark
+from deepwright_core.evaluation import Answered, EvaluationConfig, Examiner, mark
+from deepwright_core.finetune.start import Start, load_start
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.cost import count
-from deepwright_core.model.directory import load_model, save_model
+from deepwright_core.model.directory import save_model
 from deepwright_core.model.transformer import build_model
 from deepwright_core.registry import Registry
 from deepwright_core.stage import Stage, StageContext, StageResult, write_atomically
@@ -36,6 +39,7 @@ from deepwright_core.training.machine import pick_device
 VERIFIED = "verified.jsonl"
 # Problems answered at once: the engine's own batch, a few times over.
 PROBLEMS_AT_ONCE = 1024
+STUDENT_START = "student_start"
 
 
 class DistillConfig(SupervisedConfig):
@@ -67,6 +71,8 @@ def build(config: DistillConfig) -> Stage:
         {"problems": "prepare", "rl_model": "rl"},
         partial(run, config),
         partial(check, config),
+        start="rl_model",
+        given={STUDENT_START: Path(config.student.init)} if config.student.init else {},
     )
 
 
@@ -77,17 +83,16 @@ def check(config: DistillConfig, sections: Mapping[str, Any]) -> list[str]:
 
 def verified_samples(
     config: DistillConfig,
-    teacher: Path,
-    tokenizer: Tokenizer,
+    teacher: Start,
     problems: list[Problem],
     seed: int,
     context: StageContext,
-) -> list[Example]:
-    """The teacher's accepted answers as training examples. Kept in a file: a cut-off stage does not sample again."""
+) -> list[dict[str, Any]]:
+    """The teacher's accepted answers, as ids and as text. Kept in a file: a cut-off stage does not sample again."""
     path = context.directory / VERIFIED
+    tokenizer = teacher.tokenizer
     if not path.exists():
-        model = load_model(teacher, context.registry, pick_device())
-        engine = Engine(model, tokenizer.eos_id)
+        engine = Engine(teacher.model, tokenizer.eos_id)
         repeated = [problem for problem in problems for _ in range(config.samples)]
         context.progress.start("teacher's samples", len(repeated))
         lines: list[str] = []
@@ -103,41 +108,73 @@ def verified_samples(
                     prompts, mark(tokenizer, part, engine.generate(prompts, params), verifier.score), strict=True
                 ):
                     if sample.correct and sample.well_formed:
-                        lines.append(json.dumps({"prompt": prompt, "completion": sample.token_ids}) + "\n")
+                        record = {"prompt": prompt, "completion": sample.token_ids, **_words(sample)}
+                        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
                 context.progress.advance(start + len(part), f"{len(lines):,} verified")
         write_atomically(path, "".join(lines))
     records = [json.loads(line) for line in path.read_text().splitlines()]
     if not records:
         raise WorkError("The teacher solved none of the training problems; train it further before distilling.")
-    return [
-        (r["prompt"] + r["completion"], [False] * len(r["prompt"]) + [True] * len(r["completion"])) for r in records
+    return records
+
+
+def _words(sample: Answered) -> dict[str, str]:
+    return {"question": sample.problem.question, "thinking": sample.thinking or "", "answer": sample.answer}
+
+
+def lessons(records: Sequence[Mapping[str, Any]], teacher: Tokenizer, student: Tokenizer) -> list[Example]:
+    """Verified samples as training examples: the very tokens that the teacher drew where the student knows them by the
+    same ids, otherwise the same words in the student's own chat form."""
+    if student.extends(teacher):
+        return [
+            (r["prompt"] + r["completion"], [False] * len(r["prompt"]) + [True] * len(r["completion"])) for r in records
+        ]
+    conversations = [
+        [
+            {"role": "user", "content": r["question"]},
+            {"role": "assistant", "content": r["answer"], "reasoning_content": r["thinking"]},
+        ]
+        for r in records
     ]
+    return encode_many_with_mask(student, conversations)
 
 
 def run(config: DistillConfig, sections: Mapping[str, Any], context: StageContext) -> StageResult:
     """Sample the teacher, train student and control, compare all three."""
     registry, seed = context.registry, sections["seed"]
     teacher_dir, problems_dir = context.inputs["rl_model"], context.inputs["problems"]
-    tokenizer = Tokenizer.load(teacher_dir)
     training = load_problems(problems_dir / "train.jsonl")
-    taught = verified_samples(config, teacher_dir, tokenizer, training[: config.problems], seed, context)
-    plain = solutions(tokenizer, training, config.control_worked_share, seed)
-    student_config = config.student.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    teacher = load_start(teacher_dir, registry, pick_device())
+
+    def untaught() -> Start:
+        """What student and control start from."""
+        if STUDENT_START in context.inputs:
+            return load_start(context.inputs[STUDENT_START], registry)
+        tokenizer = teacher.tokenizer
+        random = config.student.model_copy(update={"vocab_size": tokenizer.vocab_size})
+        return Start(build_model(registry, random, seed=seed), tokenizer, ())
+
+    records = verified_samples(config, teacher, training[: config.problems], seed, context)
     results: dict[str, dict[str, float]] = {}
     with Verifier() as verifier:
 
-        def examiner(part: StageContext) -> Examiner:
+        def examiner(part: StageContext, tokenizer: Tokenizer) -> Examiner:
             return Examiner(
                 "distill", tokenizer, problems_dir, verifier.score, config.evaluation, seed, config.steps, part
             )
 
-        teacher = load_model(teacher_dir, registry, pick_device())
         context.progress.start("teacher's examination", 1)
-        results["teacher"] = examiner(replace(context, directory=context.directory / "teacher"))(teacher, config.steps)
+        examined = replace(context, directory=context.directory / "teacher")
+        results["teacher"] = examiner(examined, teacher.tokenizer)(teacher.model, config.steps)
         context.progress.advance(1)
-        for role, examples in (("control", plain), ("student", taught)):
+        for role in ("control", "student"):
             part = replace(context, directory=context.directory / role, tracker=Labelled(context.tracker, role))
-            model = build_model(registry, student_config, seed=seed)
+            learner = untaught()
+            model, tokenizer = learner.model, learner.tokenizer
+            if role == "student":
+                examples = lessons(records, teacher.tokenizer, tokenizer)
+            else:
+                examples = solutions(tokenizer, training, config.control_worked_share, seed)
             memory = fine_tune(
                 f"distill {role}",
                 model,
@@ -146,17 +183,17 @@ def run(config: DistillConfig, sections: Mapping[str, Any], context: StageContex
                 sections,
                 part,
                 tokenizer.pad_id,
-                partial(examiner(part), model),
+                partial(examiner(part, tokenizer), model),
             )
             results[role] = {k: v for k, v in memory["evaluations"][-1].items() if k != "step"}
             if role == "student":
                 save_model(model, context.directory / "model")
                 tokenizer.save(context.directory / "model")
-    teacher_cost, student_cost = count(teacher), count(model)
+    teacher_cost, student_cost = count(teacher.model), count(model)
     accuracy = {role: figures["test_pass_at_1"] for role, figures in results.items()}
     metrics = {f"{role}_{name}": value for role, figures in results.items() for name, value in figures.items()}
     metrics |= {
-        "verified_samples": float(len(taught)),
+        "verified_samples": float(len(records)),
         "teacher_parameters_active": float(teacher_cost.parameters_active),
         "student_parameters_active": float(student_cost.parameters_active),
         "active_parameters_ratio": student_cost.parameters_active / teacher_cost.parameters_active,
@@ -174,6 +211,7 @@ def run(config: DistillConfig, sections: Mapping[str, Any], context: StageContex
             f"With {metrics['active_parameters_ratio']:.0%} of the teacher's active parameters the student keeps "
             f"{metrics['kept_accuracy']:.0%} of its accuracy ({accuracy['teacher']:.3f} → {accuracy['student']:.3f}); "
             f"the same student from SFT alone has {accuracy['control']:.3f}.",
+            *learner.notes,
         ),
     )
 

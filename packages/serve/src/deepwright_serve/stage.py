@@ -68,6 +68,7 @@ def build(config: ServeConfig) -> Stage:
         sections=("serve", "precision", "threads"),
         needs={"rl_model": "rl", "problems": "prepare"},
         run=run,
+        start="rl_model",
     )
 
 

@@ -30,9 +30,21 @@ class Start:
     notes: tuple[str, ...]
 
 
-def load_start(directory: Path, registry: Registry, device: str | torch.device = "cpu") -> Start:
-    """Load a model and its tokenizer, and make them fit for chat."""
+def load_start(
+    directory: Path, registry: Registry, device: str | torch.device = "cpu", encoded_with: Tokenizer | None = None
+) -> Start:
+    """Load a model and its tokenizer, and make them fit for chat.
+
+    encoded_with: the tokenizer whose ids the model will see. It must give every text the ids that the model knows.
+    """
     tokenizer = Tokenizer.load(directory)
+    if encoded_with is not None:
+        if not encoded_with.extends(tokenizer):
+            raise RequestError(
+                f"model.init: {directory} has another tokenizer than the one that the corpus was encoded with; encode it "
+                f"with the model's own: tokenizer=file tokenizer.path={directory}."
+            )
+        tokenizer = encoded_with
     model = load_model(directory, registry, device)
     new = grow_vocabulary(model, tokenizer.vocab_size)
     rows = model.config.vocab_size

@@ -1,4 +1,4 @@
-"""The stage pretrain: next-token and MTP loss over packed text.
+"""The stage pretrain: next-token and MTP loss over packed text, from random weights or from those of a given model.
 
 Reports validation bits per byte beside those of the tokenizer's unigram model on the same files.
 """
@@ -16,6 +16,7 @@ from pydantic import Field
 
 from ..data.corpus import read_manifest
 from ..data.packing import PackedBatches
+from ..finetune.start import load_start
 from ..model.cost import count
 from ..model.directory import save_model
 from ..model.precision import autocast, resolve
@@ -28,6 +29,7 @@ from ..training.objective import IGNORED, Loss, count_targets, language_model_lo
 from ..training.trainer import Metrics, Trainer, TrainingConfig, train
 
 BITS = 1 / math.log(2)
+START = "start_model"
 
 
 class PretrainConfig(TrainingConfig):
@@ -57,6 +59,7 @@ def build(config: PretrainConfig) -> Stage:
         {"tokenizer": "prepare", "corpus": "prepare"},
         partial(run, config),
         partial(check, config),
+        start=START,
     )
 
 
@@ -107,13 +110,18 @@ class BitsPerByte:
 
 
 def run(config: PretrainConfig, sections: Mapping[str, Any], context: StageContext) -> StageResult:
-    """Train a base model from random weights."""
+    """Train a base model."""
     device = pick_device()
     dtype = resolve(sections["precision"], device)
     tokenizer = Tokenizer.load(context.inputs["tokenizer"])
     corpus = context.inputs["corpus"]
-    model_config = sections["model"].model_copy(update={"vocab_size": tokenizer.vocab_size})
-    model = build_model(context.registry, model_config, seed=sections["seed"]).to(device)
+    notes: tuple[str, ...] = ()
+    if START in context.inputs:
+        start = load_start(context.inputs[START], context.registry, device, tokenizer)
+        model, notes = start.model, start.notes
+    else:
+        model_config = sections["model"].model_copy(update={"vocab_size": tokenizer.vocab_size})
+        model = build_model(context.registry, model_config, seed=sections["seed"]).to(device)
     trainer = Trainer(
         model,
         context.registry.build("optimizer", sections["optimizer"], model, lr=config.lr),
@@ -186,5 +194,6 @@ def run(config: PretrainConfig, sections: Mapping[str, Any], context: StageConte
             f"The cache holds {cost.cache_values} values per token; plain multi-head attention with the same heads "
             f"would hold {cost.mha_cache_values} ({1 - cost.cache_values / cost.mha_cache_values:.0%} less).",
             *balance_note(memory["balance"]),
+            *notes,
         ),
     )

@@ -85,6 +85,12 @@ class Tokenizer:
         """The bytes of one token. Ids without a token (a model may have more rows than tokens) have none."""
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
 
+    def extends(self, other: Tokenizer) -> bool:
+        """Whether every text has the same ids here as in `other`, which may have fewer added tokens."""
+        ours, theirs = (json.loads(tokenizer._marked.to_str()) for tokenizer in (self, other))
+        same = all(ours[part] == theirs[part] for part in ("normalizer", "pre_tokenizer", "model"))
+        return same and all(token in ours["added_tokens"] for token in theirs["added_tokens"])
+
     # Chat -----------------------------------------------------------------------------------------
 
     def chat(
