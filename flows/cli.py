@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module:attribute, one line for --help)
     "run": ("flows.run_command:run", "Run the pipeline or a stage of it."),
     "serve": ("deepwright_serve.command:serve_command", "Serve a model over HTTP, with a chat page."),
+    "convert": ("flows.convert_command:convert", "Models in from other programs, and out to them."),
     "model": ("flows.model_command:model", "What a model is made of and what it costs."),
     "plugins": ("flows.plugins_command:plugins", "What is installed, from where, and what failed to load."),
     "up": ("flows.up:up", "Start the workflow's and the tracker's pages, with every flow ready to run."),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from deepwright_core.errors import RequestError
 from deepwright_core.model.config import ModelConfig
-from deepwright_core.model.directory import load_model, load_weights, read_config, save_model
+from deepwright_core.model.directory import find_model, load_model, load_weights, read_config, save_model
 from deepwright_core.model.transformer import Transformer, build_model
 from deepwright_core.registry import Registry, parse
 
@@ -155,3 +155,32 @@ def test_weights_that_cannot_be_read_are_refused_and_run_nothing(
     ):
         load_model(tmp_path, registry)
     assert not Bomb.exploded
+
+
+def test_a_model_is_found_by_its_directory_or_its_stage(registry: Registry, tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    save_model(build(registry), stage / "model")
+    assert find_model(stage / "model") == find_model(stage) == stage / "model"
+    (stage / "model").rename(stage / "student")
+    with pytest.raises(RequestError, match="holds no model"):
+        find_model(stage)
+    (stage / "result.json").write_text(json.dumps({"outputs": {"samples": "s.jsonl", "student_model": "student"}}))
+    assert find_model(stage) == stage / "student"
+    (stage / "result.json").write_text("[]")
+    with pytest.raises(RequestError, match=r"result\.json is not"):
+        find_model(stage)
+    with pytest.raises(RequestError, match="does not exist"):
+        find_model(tmp_path / "nowhere")
+
+
+def test_weights_in_several_files_are_read_by_their_index(registry: Registry, tmp_path: Path) -> None:
+    model = build(registry, mtp={"depth": 1})
+    save_model(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    placed = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(sorted(stored))}
+    for file in set(placed.values()):
+        save_file({name: stored[name] for name, where in placed.items() if where == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    loaded = load_model(tmp_path, registry)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())

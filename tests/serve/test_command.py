@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -57,23 +56,6 @@ def test_wrong_options(
     with pytest.raises(SystemExit) as ended:
         command.main()
     assert ended.value.code == 2 and words in capsys.readouterr().err
-
-
-def test_a_model_is_found_by_its_directory_or_its_stage(model_directory: Path, tmp_path: Path) -> None:
-    assert command.find_model(model_directory) == model_directory
-    assert command.find_model(model_directory.parent) == model_directory
-    stage = tmp_path / "stage"
-    (stage / "student").mkdir(parents=True)
-    (stage / "student" / "config.json").write_text("{}")
-    with pytest.raises(RequestError, match="holds no model"):
-        command.find_model(stage)
-    (stage / "result.json").write_text(json.dumps({"outputs": {"samples": "s.jsonl", "student_model": "student"}}))
-    assert command.find_model(stage) == stage / "student"
-    (stage / "result.json").write_text("[]")
-    with pytest.raises(RequestError, match=r"result\.json is not"):
-        command.find_model(stage)
-    with pytest.raises(RequestError, match="does not exist"):
-        command.find_model(tmp_path / "nowhere")
 
 
 def test_key_files(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ from pydantic import ValidationError
 from deepwright_core import plugins
 from deepwright_core.engine import Engine
 from deepwright_core.errors import RequestError, WorkError
-from deepwright_core.model.directory import load_model
-from deepwright_core.stage import RESULT_FILE, write_atomically
+from deepwright_core.model.directory import find_model, load_model
+from deepwright_core.stage import write_atomically
 from deepwright_core.tokenizer import Tokenizer
 
 from .app import Service, create_app
@@ -106,29 +106,6 @@ def load_service(
     # One block is the padding's.
     context = min(model.max_positions, cache_tokens - BLOCK_SIZE)
     return Service(engine, tokenizer, name, context, limits)
-
-
-def find_model(path: Path) -> Path:
-    """The model directory that a path means: itself, or the model that a stage left in its directory."""
-    if (path / "config.json").is_file():
-        return path
-    if not path.exists():
-        raise RequestError(f"{path} does not exist; give a model directory or the directory of a finished stage.")
-    result = path / RESULT_FILE
-    candidates = [path / "model"]
-    if result.is_file():
-        try:
-            outputs = json.loads(result.read_text()).get("outputs", {})
-            candidates += [path / relative for relative in outputs.values()]
-        except (ValueError, AttributeError):
-            raise RequestError(f"{result} is not a stage's result: it is not the JSON of one.") from None
-    for candidate in candidates:
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise RequestError(
-        f"{path} holds no model: there is no config.json in it, nor in a model/ below it. "
-        "Give a model directory or the directory of a finished stage."
-    )
 
 
 def is_loopback(host: str) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import RequestError
 from ..registry import Registry, parse
-from ..stage import write_atomically
+from ..stage import RESULT_FILE, write_atomically
 from .config import ModelConfig
 from .tensor_files import WEIGHTS_FILE, TensorFiles, differences
 from .transformer import Transformer, build_model
@@ -107,3 +107,26 @@ def load_model(
             wanted[name].copy_(files.read(name))
     files.close()
     return model.to(device).eval()
+
+
+def find_model(path: Path) -> Path:
+    """The model directory that a path means: itself, or the model that a stage left in its directory."""
+    if (path / "config.json").is_file():
+        return path
+    if not path.exists():
+        raise RequestError(f"{path} does not exist; give a model directory or the directory of a finished stage.")
+    result = path / RESULT_FILE
+    candidates = [path / "model"]
+    if result.is_file():
+        try:
+            outputs = json.loads(result.read_text()).get("outputs", {})
+            candidates += [path / relative for relative in outputs.values()]
+        except (ValueError, AttributeError):
+            raise RequestError(f"{result} is not a stage's result: it is not the JSON of one.") from None
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise RequestError(
+        f"{path} holds no model: there is no config.json in it, nor in a model/ below it. "
+        "Give a model directory or the directory of a finished stage."
+    )
