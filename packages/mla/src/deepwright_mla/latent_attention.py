@@ -32,7 +32,11 @@ ABSORBED_QUERIES = 4
 
 
 class MLAConfig(ComponentConfig):
-    """Multi-head latent attention. `q_lora_rank: 0` means a full query projection (V2-Lite, Moonlight)."""
+    """Multi-head latent attention. `q_lora_rank: 0` means a full query projection (V2-Lite, Moonlight).
+
+    latent_norm_eps: of the norms on the query's and the cache's latent. The published modelling code takes 1e-6 there,
+    whatever the model's own norms have (Moonlight's have 1e-5).
+    """
 
     name: str = "mla"
     heads: int = Field(8, ge=1)
@@ -41,6 +45,7 @@ class MLAConfig(ComponentConfig):
     qk_nope_head_dim: int = Field(16, ge=1)
     qk_rope_head_dim: int = Field(16, ge=2, multiple_of=2)
     v_head_dim: int = Field(16, ge=1)
+    latent_norm_eps: float = Field(1e-6, gt=0)
 
 
 class LatentAttention(nn.Module):
@@ -62,13 +67,13 @@ class LatentAttention(nn.Module):
         query_width = self.heads * (self.nope_dim + self.rope_dim)
         if config.q_lora_rank:
             self.q_a = nn.Linear(model.hidden_size, config.q_lora_rank, bias=False)
-            self.q_norm = RMSNorm(config.q_lora_rank, model.norm_eps)
+            self.q_norm = RMSNorm(config.q_lora_rank, config.latent_norm_eps)
             self.q_b = nn.Linear(config.q_lora_rank, query_width, bias=False)
         else:
             self.q = nn.Linear(model.hidden_size, query_width, bias=False)
         self.q_lora = bool(config.q_lora_rank)
         self.kv_a = nn.Linear(model.hidden_size, self.cache_width, bias=False)
-        self.kv_norm = RMSNorm(self.latent_dim, model.norm_eps)
+        self.kv_norm = RMSNorm(self.latent_dim, config.latent_norm_eps)
         self.kv_b = nn.Linear(self.latent_dim, self.heads * (self.nope_dim + self.value_dim), bias=False)
         self.o = nn.Linear(self.heads * self.value_dim, model.hidden_size, bias=False)
 
