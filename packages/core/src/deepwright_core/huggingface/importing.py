@@ -72,12 +72,20 @@ def import_directory(
         config = config.model_copy(update={"mtp": MtpConfig()})
     shapes = shapes_of(registry, config)
     pieces = format.pieces(config, shapes)
-    theirs = {name: t.shape for name, t in published.tensors.items() if not name.startswith(dropped or ("\0",))}
-    problems = unmatched(pieces, theirs, source)
+    theirs = {name: t.shape for name, t in published.tensors.items() if not name.startswith(dropped)}
+    lost = _lost_mtp(format, config, theirs)
+    problems = unmatched([piece for piece in pieces if not piece.theirs.startswith(lost)], theirs, source)
+    if lost:
+        problems.append(
+            f"{source / CONFIG_FILE}: num_nextn_predict_layers is {config.mtp.depth}, but no tensor of these modules "
+            "is there; import with --without-mtp to do without them."
+        )
     if problems:
-        raise RequestError(problems + _mtp_advice(format, config, theirs, source))
+        raise RequestError(problems)
     notes = [f"config.json says {name}, which deepwright does not know and ignores." for name in ignored]
-    notes += [f"Left out {len(published.tensors) - len(theirs)} tensors of multi-token prediction."] if dropped else []
+    if dropped:
+        count = len(published.tensors) - len(theirs)
+        notes.append(f"Multi-token prediction is left out; the source has {count or 'none'} of its tensors.")
     notes += ["config.json names code of its own (auto_map); it was not run."] * ("auto_map" in published.config)
     files, said = _small_files(source, config)
     plan = plan_import(published, config, pieces, shapes, theirs, dtype, files)
@@ -118,15 +126,10 @@ def _listed(sentences: list[str], kind: str) -> list[str]:
     return [*sentences[:LISTED], f"… and {len(sentences) - LISTED} more that are {kind}, {len(sentences)} in all."]
 
 
-def _mtp_advice(format: Format, config: ModelConfig, theirs: Mapping[str, Shape], source: Path) -> list[str]:
-    """Some programs write a config that tells of MTP modules, and leave their tensors out."""
+def _lost_mtp(format: Format, config: ModelConfig, theirs: Mapping[str, Shape]) -> tuple[str, ...]:
+    """Prefixes of multi-token prediction when the config tells of it and no tensor does: some programs drop them."""
     prefixes = format.mtp_prefixes(config.layers, config.mtp.depth)
-    if not prefixes or any(name.startswith(prefixes) for name in theirs):
-        return []
-    return [
-        f"{source / CONFIG_FILE}: num_nextn_predict_layers is {config.mtp.depth}, but there is no tensor of these "
-        "modules; import with --without-mtp to do without them."
-    ]
+    return () if any(name.startswith(prefixes) for name in theirs) else prefixes
 
 
 def plan_import(
