@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepwright_moe.router import BiasedTopKRouter, RouterConfig, Routing, build_router
+from deepwright_moe.router import BiasedTopKRouter, RouterConfig, build_router
+from deepwright_moe.routing import Routing
 
 
 def build(experts: int, top_k: int, bias: list[float] | None = None, **options: Any) -> BiasedTopKRouter:

@@ -1,20 +1,23 @@
-"""The router: which experts a token goes to, and with what weight (DeepSeek-V3 report, eq. 12-16).
+"""DeepSeek-V3's router: which experts a token goes to, and with what weight (V3 report, eq. 12-16).
 
-Scores and the choice are float32, whatever the model's precision. The balancing bias takes part in the choice and
-never in the weight, and is a buffer: the optimizer does not see it, the checkpoint does.
+The balancing bias takes part in the choice and never in the weight, and is a buffer: the optimizer does not see it,
+the checkpoint does.
 
-Shapes: T tokens, D hidden, E experts, K experts per token, G groups.
+Shapes: T tokens, D hidden, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from deepwright_core.registry import ComponentConfig
+
+from .expert_groups import keep_top_groups
+from .routing import Routing, expert_logits, expert_weights
 
 
 class RouterConfig(ComponentConfig):
@@ -32,14 +35,6 @@ class RouterConfig(ComponentConfig):
     bias_update_speed: float = Field(0.001, ge=0)
 
 
-class Routing(NamedTuple):
-    """experts_TK: int64 ids. weights_TK: float32. scores_TE: float32 scores of every expert, without the bias."""
-
-    experts_TK: Tensor
-    weights_TK: Tensor
-    scores_TE: Tensor
-
-
 class BiasedTopKRouter(nn.Module):
     """Group-limited top-k on biased scores ("noaux_tc" in published configs)."""
 
@@ -52,25 +47,12 @@ class BiasedTopKRouter(nn.Module):
         self.register_buffer("bias_E", torch.zeros(experts, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor) -> Routing:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = x_TD.float() @ self.weight.float().T
-        scores_TE = logits_TE.sigmoid() if self.config.scoring == "sigmoid" else logits_TE.softmax(-1)
-        experts_TK = self._choose(scores_TE.detach() + self.bias_E)
-        weights_TK = scores_TE.gather(1, experts_TK)
-        if self.config.normalise:
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(experts_TK, weights_TK * self.config.scaling, scores_TE)
-
-    def _choose(self, biased_TE: Tensor) -> Tensor:
-        groups = self.config.groups
-        if groups > 1:
-            grouped_TGX = biased_TE.unflatten(1, (groups, -1))
-            group_scores_TG = grouped_TGX.topk(2, dim=-1).values.sum(-1)
-            kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
-            kept_TG.scatter_(1, group_scores_TG.topk(self.config.top_groups, dim=-1, sorted=False).indices, True)
-            # -inf, not 0: with a negative bias an expert of a dropped group could beat a kept one at 0.
-            biased_TE = grouped_TGX.masked_fill(~kept_TG[..., None], float("-inf")).flatten(1)
-        return biased_TE.topk(self.top_k, dim=-1, sorted=False).indices
+        config = self.config
+        logits_TE = expert_logits(x_TD, self.weight)
+        scores_TE = logits_TE.sigmoid() if config.scoring == "sigmoid" else logits_TE.softmax(-1)
+        biased_TE = keep_top_groups(scores_TE.detach() + self.bias_E, config.groups, config.top_groups, best=2)
+        experts_TK = biased_TE.topk(self.top_k, dim=-1, sorted=False).indices
+        return Routing(experts_TK, expert_weights(scores_TE, experts_TK, config.normalise, config.scaling), scores_TE)
 
     @torch.no_grad()
     def balance(self, load_E: Tensor) -> None:

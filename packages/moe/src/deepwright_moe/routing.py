@@ -1,0 +1,35 @@
+"""What a router decides, and the part that all routers share: one logit for each expert.
+
+Scores and the choice are float32, whatever the model's precision.
+
+Shapes: T tokens, D hidden, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """experts_TK: int64 ids. weights_TK: float32. scores_TE: float32 scores of every expert, without the bias."""
+
+    experts_TK: Tensor
+    weights_TK: Tensor
+    scores_TE: Tensor
+
+
+def expert_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x Wᵀ in float32, also under autocast. [T, D] -> [T, E]."""
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return x_TD.float() @ weight_ED.float().T
+
+
+def expert_weights(scores_TE: Tensor, experts_TK: Tensor, normalise: bool, scaling: float) -> Tensor:
+    """The chosen experts' own scores, divided by their sum if `normalise`, times `scaling`. [T, K]."""
+    weights_TK = scores_TE.gather(1, experts_TK)
+    if normalise:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return weights_TK * scaling

@@ -1,0 +1,55 @@
+"""DeepSeek-V2's router (V2 report, section 2.2): softmax scores, no bias, groups ranked by their single best expert.
+
+Only auxiliary losses keep its experts' load even: there is nothing here to correct after a step. With one group this
+is the plain greedy choice of DeepSeekMoE and V2-Lite.
+
+Shapes: T tokens, D hidden, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from deepwright_core.registry import ComponentConfig
+
+from .expert_groups import keep_top_groups
+from .routing import Routing, expert_logits, expert_weights
+
+
+class SoftmaxRouterConfig(ComponentConfig):
+    """Expert choice. `groups` > 1 first keeps the `top_groups` groups whose best expert scores highest.
+
+    normalise: weights are divided by their sum before `scaling`. Published V2 models do not.
+    """
+
+    name: str = "group_limited_greedy"
+    groups: int = Field(1, ge=1)
+    top_groups: int = Field(1, ge=1)
+    normalise: bool = False
+    scaling: float = Field(1.0, gt=0)
+
+
+class SoftmaxTopKRouter(nn.Module):
+    """Group-limited top-k on softmax scores ("greedy" and "group_limited_greedy" in published configs)."""
+
+    def __init__(self, config: SoftmaxRouterConfig, hidden_size: int, experts: int, top_k: int) -> None:
+        super().__init__()
+        self.config, self.top_k = config, top_k
+        self.weight = nn.Parameter(torch.empty(experts, hidden_size))
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        config = self.config
+        scores_TE = expert_logits(x_TD, self.weight).softmax(-1)
+        allowed_TE = keep_top_groups(scores_TE.detach(), config.groups, config.top_groups, best=1)
+        experts_TK = allowed_TE.topk(self.top_k, dim=-1, sorted=False).indices
+        return Routing(experts_TK, expert_weights(scores_TE, experts_TK, config.normalise, config.scaling), scores_TE)
+
+    def balance(self, load_E: Tensor) -> None:
+        """Nothing: without a bias, the loss alone evens the load."""
+
+
+def build_softmax_router(config: SoftmaxRouterConfig, hidden_size: int, experts: int, top_k: int) -> SoftmaxTopKRouter:
+    """Softmax scores, group-limited top-k, balanced by auxiliary loss alone (DeepSeek-V2)."""
+    return SoftmaxTopKRouter(config, hidden_size, experts, top_k)
