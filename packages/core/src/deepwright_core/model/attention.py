@@ -1,6 +1,6 @@
 """Grouped-query attention (Ainslie et al. 2023), and what every attention variant offers the model.
 
-Plain multi-head attention is the case `kv_heads = heads`. No dropout, no biases, no sliding window: those are plugins.
+Plain multi-head attention is the case `kv_heads = heads`. No dropout, no sliding window: those are plugins.
 
 Shapes: B sequences, S tokens, Q new tokens, D hidden, H heads, G key/value heads, K head width, F = K / 2 rope pairs,
 N cache slots, W = 2·G·K values cached per token, L longest context of the batch.
@@ -46,12 +46,16 @@ class Attention(Protocol):
 
 
 class GQAConfig(ComponentConfig):
-    """Grouped-query attention; `kv_heads` heads of keys and values serve `heads` query heads."""
+    """Grouped-query attention; `kv_heads` heads of keys and values serve `heads` query heads.
+
+    qkv_bias: biases on queries, keys and values (Qwen2), none on the output.
+    """
 
     name: str = "gqa"
     heads: int = Field(4, ge=1)
     kv_heads: int = Field(2, ge=1)
     head_dim: int = Field(32, ge=2, multiple_of=2)
+    qkv_bias: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> GQAConfig:
@@ -106,9 +110,9 @@ class GroupedQueryAttention(nn.Module):
         self.mha_cache_width = 2 * config.heads * config.head_dim
         self.pair_flops = 4 * config.heads * config.head_dim
         self.scale = softmax_scale(config.head_dim, model.rope)
-        self.q = nn.Linear(model.hidden_size, config.heads * config.head_dim, bias=False)
-        self.k = nn.Linear(model.hidden_size, config.kv_heads * config.head_dim, bias=False)
-        self.v = nn.Linear(model.hidden_size, config.kv_heads * config.head_dim, bias=False)
+        self.q = nn.Linear(model.hidden_size, config.heads * config.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(model.hidden_size, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(model.hidden_size, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.o = nn.Linear(config.heads * config.head_dim, model.hidden_size, bias=False)
 
     def _project(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,13 +26,40 @@ class YarnConfig(BaseModel):
     mscale_all_dim: float = 1.0
 
 
+class Llama3RopeConfig(BaseModel):
+    """Llama 3.1's context extension with its published defaults: slow pairs are slowed further by `factor`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    factor: float = Field(8.0, ge=1.0)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+    original_positions: int = Field(8192, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Llama3RopeConfig:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor is {self.high_freq_factor:g}; "
+                f"expected more than low_freq_factor, which is {self.low_freq_factor:g}"
+            )
+        return self
+
+
 class RopeConfig(BaseModel):
-    """Rotary position embedding: base frequency and an optional YaRN extension."""
+    """Rotary position embedding: base frequency and at most one extension of the context."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     theta: float = Field(10000.0, gt=1.0)
     yarn: YarnConfig | None = None
+    llama3: Llama3RopeConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeConfig:
+        if self.yarn is not None and self.llama3 is not None:
+            raise ValueError("yarn and llama3 are both given; expected at most one of them")
+        return self
 
 
 class MtpConfig(BaseModel):

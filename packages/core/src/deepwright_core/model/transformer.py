@@ -154,13 +154,15 @@ class Transformer(nn.Module):
 
 
 def initialise(model: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
-    """Every matrix from N(0, std²), norms at one; buffers stay as they are."""
+    """Every matrix from N(0, std²), norms at one, biases at zero; buffers stay as they are."""
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, std, generator=generator)
+            elif name.endswith(".bias"):
+                parameter.zero_()
             elif not name.endswith("norm.weight"):
-                raise ValueError(f"parameter {name} is a vector that is no norm; say how it starts")
+                raise ValueError(f"parameter {name} is a vector that is neither norm nor bias; say how it starts")
 
 
 def build_model(registry: Registry, config: ModelConfig, seed: int | None = None) -> Transformer:
