@@ -55,7 +55,7 @@ nothing is written.""",
     help="Of the written weights; keep: as they are stored, FP8 as bf16.",
 )
 @click.option("--without-mtp", is_flag=True, help="Leave the modules of multi-token prediction out.")
-@click.option("--shard-gb", type=click.FloatRange(min=0.001), default=5.0, show_default=True, help=SHARD_HELP)
+@click.option("--shard-gb", type=click.FloatRange(min=0.0001), default=5.0, show_default=True, help=SHARD_HELP)
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON, on standard output.")
 @block_option
@@ -129,7 +129,7 @@ tokenizer, the chat template and the fields that transformers, vLLM, SGLang and 
     help="Of FP8 scales; ue8m0 rounds them up to powers of two.",
 )
 @click.option("--without-mtp", is_flag=True, help="Leave the modules of multi-token prediction out.")
-@click.option("--shard-gb", type=click.FloatRange(min=0.001), default=5.0, show_default=True, help=SHARD_HELP)
+@click.option("--shard-gb", type=click.FloatRange(min=0.0001), default=5.0, show_default=True, help=SHARD_HELP)
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON, on standard output.")
 @block_option
