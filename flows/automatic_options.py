@@ -17,6 +17,8 @@ from pydantic import BaseModel
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.registry import KINDS, Component, ComponentOf, Registry
 
+from .initial_model import model_sections
+
 ROOT_CONFIG = "deepwright"
 STAGE_GROUP = "stage_defaults"
 SCHEMA_GROUP = "schema"
@@ -101,13 +103,14 @@ def store(registry: Registry, has_yaml: Callable[[str, str], bool], chosen: Cont
             node = {"defaults": [*inner, "_self_"], **values} if inner else values
             if not has_yaml(group, component.name):
                 _put(component, group, node)
-    # The model is no component, but its keys should be as complete.
-    if "model" in chosen:
+    # A model is no component, but its keys should be as complete, wherever one stands.
+    places = [place for place in model_sections(registry) if "model" in chosen]
+    if places:
         values = {key: value for key, value in derive(ModelConfig, registry, None).values.items() if value != MISSING}
         config_store.store("model", values, group=SCHEMA_GROUP, provider="deepwright")
     # Schemas first, then conf/config.yaml with its groups and recipe: what is written wins over what is derived.
     defaults: list[Any] = [{f"{STAGE_GROUP}@{stage}": stage} for stage in stages]
-    defaults += [{f"{SCHEMA_GROUP}@model": "model"}] if "model" in chosen else []
+    defaults += [{f"{SCHEMA_GROUP}@{place}": "model"} for place in places]
     defaults += [{group: name} for group, name in choices.items() if group not in chosen]
     config_store.store(name=ROOT_CONFIG, node={"defaults": [*defaults, "config", "_self_"]}, provider="deepwright")
 

@@ -6,20 +6,24 @@ again. The empty choice means "as configured" and adds no override.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from deepwright_core.plugins import installed
 
 from .compose import group_options
 
-# field of the form -> group of the configuration
+# field of the form -> group or key of the configuration
 GROUPS = {
     "experiment": "experiment",
     "model": "model",
     "attention": "model/attention",
     "ffn": "model/ffn",
     "algorithm": "rl/algorithm",
+    "finetune": "finetune",
+    "init": "model.init",
 }
+PLAIN = re.compile(r"[\w./~-]+")
 
 
 def _choices(group: str) -> Any:
@@ -31,8 +35,14 @@ Model = _choices(GROUPS["model"])
 Attention = _choices(GROUPS["attention"])
 FeedForward = _choices(GROUPS["ffn"])
 Algorithm = _choices(GROUPS["algorithm"])
+FineTune = _choices(GROUPS["finetune"])
 
 
 def overrides_for(**chosen: str) -> list[str]:
     """`attention="mla"` -> `["model/attention=mla"]`; empty choices are left out."""
-    return [f"{GROUPS[field]}={value}" for field, value in chosen.items() if value]
+    return [f"{GROUPS[field]}={_quoted(value)}" for field, value in chosen.items() if value]
+
+
+def _quoted(value: str) -> str:
+    """As an override holds it: a path may have spaces and anything else in it."""
+    return value if PLAIN.fullmatch(value) else "'" + value.replace("'", "\\'") + "'"

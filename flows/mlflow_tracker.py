@@ -186,6 +186,7 @@ class MlflowTracking:
                 self._client.set_tag(run.info.run_id, key, value)
         tracking = MlflowStage(self._client, run, self._request)
         tracking.parameters(flat(made_from.get("sections", {})))
+        tracking.parameters(flat({"given": made_from.get("given", {})}))
         return tracking
 
     def _reference(self, run: MlflowRun) -> dict[str, str]:

@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 from deepwright_core.plugins import installed
 
 from . import cancellation, invoke, request, service_addresses, session
-from .form_fields import Algorithm, Attention, Experiment, FeedForward, Model, overrides_for
+from .form_fields import Algorithm, Attention, Experiment, FeedForward, FineTune, Model, overrides_for
 from .rich_progress import display
 from .runner import Outcome, Run, Step
 
@@ -100,6 +100,8 @@ def pipeline(
     attention: Attention = "",
     ffn: FeedForward = "",
     algorithm: Algorithm = "",
+    finetune: FineTune = "",
+    init: str = "",
     config_file: str = "",
 ) -> dict[str, Any]:
     """Every stage from text to a served model; what is done already is reused.
@@ -111,6 +113,8 @@ def pipeline(
         attention: How tokens look at each other. Empty: as configured.
         ffn: The feed-forward part: dense or a mixture of experts. Empty: as configured.
         algorithm: How reinforcement learning goes about it. Empty: as configured.
+        finetune: What trains in sft and rl: every weight, or adapters. Empty: as configured.
+        init: A model directory to start from, in place of training one. Empty: as configured.
         config_file: A resolved configuration to run again, in place of everything above.
     """
     return run_target(
@@ -122,6 +126,8 @@ def pipeline(
         attention=attention,
         ffn=ffn,
         algorithm=algorithm,
+        finetune=finetune,
+        init=init,
     )
 
 
@@ -133,6 +139,8 @@ def _stage_flow(stage: str, what: str) -> Flow[..., dict[str, Any]]:
         attention: Attention = "",
         ffn: FeedForward = "",
         algorithm: Algorithm = "",
+        finetune: FineTune = "",
+        init: str = "",
         config_file: str = "",
     ) -> dict[str, Any]:
         return run_target(
@@ -144,6 +152,8 @@ def _stage_flow(stage: str, what: str) -> Flow[..., dict[str, Any]]:
             attention=attention,
             ffn=ffn,
             algorithm=algorithm,
+            finetune=finetune,
+            init=init,
         )
 
     arguments = (pipeline.fn.__doc__ or "").partition("Args:")[2]

@@ -43,6 +43,11 @@ def register(client: MlflowClient, request: Request, outcomes: Sequence[Outcome]
     run_id = (maker.finished.record.get("tracking") or {}).get("run_id") or parent_run_id
     _keep(client, run_id, directory)
     lineage = {f"stage.{o.stage}": o.identity for o in outcomes}
+    lineage |= {
+        f"given.{artifact}": f"{given['directory']} sha256:{given['sha256']}"
+        for o in outcomes
+        for artifact, given in (o.finished.record.get("given") or {}).items()
+    }
     made = client.create_model_version(
         name,
         source=f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}",

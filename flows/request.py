@@ -15,7 +15,7 @@ from deepwright_core.errors import RequestError, did_you_mean
 from deepwright_core.plugins import Plugins
 from deepwright_core.stage import Stage
 
-from . import compose, plan, settings
+from . import compose, initial_model, plan, settings
 
 PIPELINE = "pipeline"
 
@@ -65,6 +65,8 @@ def make(target: str, overrides: Sequence[str], plugins: Plugins, config_file: s
         composed, problems = error.composed, [*problems, *error.problems]
     except RequestError as error:
         raise RequestError([*problems, *error.problems]) from None
+    composed, found = initial_model.resolve(composed, overrides, plugins.registry, saved=bool(config_file))
+    problems += found
     sections, found = _validate(composed, plugins)
     problems += [p for p in found if p not in problems]
     if problems:
@@ -77,6 +79,9 @@ def make(target: str, overrides: Sequence[str], plugins: Plugins, config_file: s
             problems.append(f"run.force names '{name}', and there is no such stage. {did_you_mean(name, stages)}")
     if problems:
         raise RequestError(problems)
+    given = initial_model.given_model(sections)
+    if given is not None:
+        stages, wanted = plan.with_given_model(stages, wanted, given)
     root = Path(sections["paths"].root).expanduser().resolve()
     return Request(target, tuple(overrides), composed, sections, tuple(plan.order(stages, wanted)), root)
 

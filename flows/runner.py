@@ -23,7 +23,7 @@ from deepwright_core.plugins import Plugins
 from deepwright_core.stage import Stage, StageContext, StageResult, identity
 from deepwright_core.tracking import Progress
 
-from . import energy, fingerprint, isolation, threads
+from . import energy, fingerprint, given_digests, isolation, threads
 from .request import Request
 from .run_tracking import RunTracking, StageTracking
 from .stage_directory import Finished, StageDirectory
@@ -97,6 +97,11 @@ class Run:
                 )
             inputs[artifact] = outcome.directory / outcome.result.outputs[artifact]
             digests[artifact] = outcome.finished.digests[artifact]
+        given: dict[str, dict[str, str]] = {}
+        for artifact, path in stage.given.items():
+            inputs[artifact] = path
+            digests[artifact] = given_digests.digest_of(path, self.request.root)
+            given[artifact] = {"directory": str(path), "sha256": digests[artifact]}
         sections = {name: fingerprint.plain(self.request.sections[name]) for name in stage.sections}
         registry = self.plugins.registry
         code = fingerprint.code_versions(registry.get("stage", stage.name), sections, registry)
@@ -105,7 +110,7 @@ class Run:
         done, why = directory.finished()
         if why:
             self.say(f"{stage.name}: the earlier result cannot be used, because {why}; doing it again.")
-        made_from = {"sections": sections, "inputs": digests, "code": code}
+        made_from = {"sections": sections, "inputs": digests, "code": code, "given": given}
         return Step(stage, directory, inputs, made_from, None if force else done, force)
 
     def execute(self, step: Step) -> Outcome:
@@ -143,7 +148,12 @@ class Run:
                 result = self._run(step, tracking)
                 seconds = time.monotonic() - started
                 used = meter.read(seconds)
-                facts = {"joules": used.joules, "joules_measured": used.measured, "tracking": tracking.reference()}
+                facts = {
+                    "joules": used.joules,
+                    "joules_measured": used.measured,
+                    "tracking": tracking.reference(),
+                    "given": step.made_from["given"],
+                }
                 record = step.directory.describe(result, seconds, facts)
                 # The tracker first: a stage that is cut off in between is entered again and tells it again.
                 tracking.finish(record, step.directory.path)

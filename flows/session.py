@@ -90,6 +90,8 @@ def run(
             the_run = Run(request, plugins, tracking, display, display.say, dict(tags or {}), flusher.watch)
             for stage in request.stages:
                 display.stage(stage.name)
+                for artifact, path in stage.given.items():
+                    display.say(f"{stage.name}: {artifact} is {path}")
                 outcome = carry_out(the_run, the_run.prepare(stage))
                 report.outcomes.append(outcome)
                 display.close()

@@ -25,6 +25,8 @@ def plugins() -> Plugins:
         ["rl/algorithm=dr_grpo"],
         ["rl/algorithm=dapo", "rl.lr=1e-4"],
         ["data=text", "data.path=books/*.txt"],
+        ["tokenizer=file", "tokenizer.path=somewhere"],
+        ["finetune=lora", "finetune.targets=[attention,ffn.experts,ffn.shared,ffn.gate]"],
         ["precision=bf16", "threads=1", "seed=7"],
     ],
 )

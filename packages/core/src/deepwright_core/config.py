@@ -84,9 +84,9 @@ def validate(registry: Registry, composed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _on_meta(registry: Registry, config: ModelConfig) -> Transformer:
-    """The model without memory for its weights. Sizes that only the tokenizer knows do not matter here."""
+    """The model without memory for its weights. How many tokens there are does not matter here."""
     with torch.device("meta"):
-        return build_model(registry, config)
+        return build_model(registry, config.model_copy(update={"vocab_size": config.vocab_size or 1}))
 
 
 def _mapping(composed: Mapping[str, Any], key: str) -> Mapping[str, Any]:

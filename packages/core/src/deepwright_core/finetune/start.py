@@ -41,8 +41,8 @@ def load_start(
     if encoded_with is not None:
         if not encoded_with.extends(tokenizer):
             raise RequestError(
-                f"model.init: {directory} has another tokenizer than the one that the corpus was encoded with; encode it "
-                f"with the model's own: tokenizer=file tokenizer.path={directory}."
+                f"model.init: {directory} has another tokenizer than the one that the corpus was encoded with; "
+                f"encode it with the model's own: tokenizer=file tokenizer.path={directory}."
             )
         tokenizer = encoded_with
     model = load_model(directory, registry, device)
