@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deepwright_core.plugins import Plugins, discover, load
 from deepwright_core.tracking import SilentProgress
-from flows import prefect_server, request, session
+from flows import mlflow_tracker, prefect_server, request, session
 
 TOY = Path(__file__).parent / "toy"
 
@@ -88,6 +89,26 @@ def command_environment(toy_path: list[str], toy_conf: None) -> dict[str, str]:
         "DEEPWRIGHT_BLOCK": "core,moe,mla,rl,serve",
         "OMP_NUM_THREADS": "1",
     }
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory, plugins: Plugins) -> bytes:
+    """A database with MLflow's tables: making them takes seconds, so it is done once and copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("mlflow-root")
+        patch.setenv("DEEPWRIGHT_CONF", str(TOY / "conf"))
+        wanted = request.make("gather", [f"paths.root={root}", "tracking=mlflow"], plugins)
+        mlflow_tracker.client_for(wanted).search_experiments()
+        return (root / "mlflow" / "mlflow.db").read_bytes()
+
+
+@pytest.fixture
+def client(database: bytes, plugins: Plugins, tmp_path: Path) -> Any:
+    """MLflow as runs below this test's root will find it."""
+    folder = tmp_path / "runs" / "mlflow"
+    folder.mkdir(parents=True)
+    (folder / "mlflow.db").write_bytes(database)
+    return mlflow_tracker.client_for(request.make("gather", ["tracking=mlflow"], plugins))
 
 
 Deepwright = Callable[..., subprocess.CompletedProcess[str]]

@@ -18,25 +18,6 @@ from flows.run_tracking import METRICS_FILE
 Go = Callable[..., session.Report]
 
 
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory, plugins: Plugins) -> bytes:
-    """A database with MLflow's tables: making them takes seconds, so it is done once and copied."""
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("mlflow-root")
-        patch.setenv("DEEPWRIGHT_CONF", str(Path(__file__).parent / "toy" / "conf"))
-        wanted = request.make("gather", [f"paths.root={root}", "tracking=mlflow"], plugins)
-        mlflow_tracker.client_for(wanted).search_experiments()
-        return (root / "mlflow" / "mlflow.db").read_bytes()
-
-
-@pytest.fixture
-def client(database: bytes, plugins: Plugins, tmp_path: Path) -> Any:
-    folder = tmp_path / "runs" / "mlflow"
-    folder.mkdir(parents=True)
-    (folder / "mlflow.db").write_bytes(database)
-    return mlflow_tracker.client_for(request.make("gather", ["tracking=mlflow"], plugins))
-
-
 def runs(client: Any) -> dict[str, Any]:
     """Runs by name; the parent is called "parent"."""
     experiment = client.get_experiment_by_name("deepwright")
