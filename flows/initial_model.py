@@ -14,6 +14,7 @@ from typing import Any
 from deepwright_core.errors import RequestError
 from deepwright_core.finetune.start import read_start
 from deepwright_core.model.config import ModelConfig
+from deepwright_core.model.directory import find_model
 from deepwright_core.registry import Registry
 
 from .override_problems import key_of
@@ -48,8 +49,8 @@ def resolve(
         if not isinstance(init, str):
             problems.append(f"{place}.{INIT} is {init!r}; expected the path of a model directory.")
             continue
-        directory = Path(init).expanduser().absolute()
         try:
+            directory = find_model(Path(init).expanduser().absolute())
             config = read_start(directory, registry)
         except RequestError as error:
             problems += [f"{place}.{INIT}: {problem}" for problem in error.problems]

@@ -48,6 +48,9 @@ def write(directory: Path, config: BaseModel, adapted: Mapping[str, Tensor], fac
 def read(directory: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
     """(the finetune section, the digest of the weights that were adapted, the factors)."""
     path = directory / CONFIG_FILE
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / name).is_file()]
+    if missing:
+        raise RequestError(f"{directory} is not an adapter: {' and '.join(missing)} is missing.")
     try:
         document = json.loads(path.read_text())
         if document["format"] != FORMAT:
@@ -55,7 +58,5 @@ def read(directory: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
         return dict(document["finetune"]), str(document["adapted"]), load_file(directory / WEIGHTS_FILE)
     except RequestError:
         raise
-    except FileNotFoundError as error:
-        raise RequestError(f"{directory} is not an adapter: {Path(error.filename or path).name} is missing.") from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RequestError(f"{directory} cannot be read as an adapter: {type(error).__name__}: {error}.") from None

@@ -55,8 +55,6 @@ def load_start(
 def read_start(directory: Path, registry: Registry) -> ModelConfig:
     """The config of a directory that a stage may start from, without loading it: config, names and shapes of the
     weights, and the tokenizer are looked at. `RequestError` says everything that is wrong."""
-    if not directory.is_dir():
-        raise RequestError(f"{directory} is no directory; expected one with {CONFIG_FILE}, weights and a tokenizer.")
     _refuse_published(directory)
     config = read_config(directory, registry)
     problems: list[str] = []
