@@ -23,7 +23,6 @@ from .streaming_files import Planned, StreamingFiles
 
 DONE_FILE = "done.json"
 SAVE_EVERY_BYTES = 2**30
-MEGABYTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def run(plan: Plan, destination: Path, progress: Progress, most_bytes: int) -> N
 
 def _do(plan: Plan, files: StreamingFiles, partial: Path, done: int, progress: Progress) -> None:
     written = sum(step.bytes for step in plan.steps[:done])
-    progress.start("MiB written", max(plan.bytes // MEGABYTE, 1), written // MEGABYTE)
+    progress.start("tensors", len(plan.steps), done)
     unsaved = 0
     try:
         for step in plan.steps[done:]:
@@ -114,11 +113,10 @@ def _do(plan: Plan, files: StreamingFiles, partial: Path, done: int, progress: P
             if unsaved >= SAVE_EVERY_BYTES:
                 _save(plan, files, partial, done)
                 unsaved = 0
-            progress.advance(written // MEGABYTE, f"{done}/{len(plan.steps)} tensors")
+            progress.advance(done, f"{written / 1e6:,.0f} of {plan.bytes / 1e6:,.0f} MB")
     except KeyboardInterrupt:
         _save(plan, files, partial, done)
         raise
-    progress.advance(max(plan.bytes // MEGABYTE, 1), f"{done}/{len(plan.steps)} tensors")
 
 
 def _save(plan: Plan, files: StreamingFiles, partial: Path, done: int) -> None:
