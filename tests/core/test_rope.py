@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +118,14 @@ def test_scores_depend_on_the_distance_alone() -> None:
 
 def test_tables_are_not_saved() -> None:
     assert Rotary(8, RopeConfig(), 4).state_dict() == {}
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.bfloat16, torch.nn.Module.half])
+def test_tables_stay_float32_in_a_narrower_model(cast: Any) -> None:
+    whole, position = Rotary(8, RopeConfig(), 64), torch.tensor(63)
+    narrow = cast(torch.nn.Sequential(torch.nn.Linear(2, 2), Rotary(8, RopeConfig(), 64)))
+    assert narrow[0].weight.dtype.itemsize == 2
+    for have, want in zip(narrow[1](position), whole(position), strict=True):
+        assert have.dtype == torch.float32 and torch.equal(have, want)
+    assert narrow.double()[1](position)[0].dtype == torch.float64
+    assert narrow.to("meta")[1].cos_MF.is_meta  # other moves reach the tables as they reach the weights

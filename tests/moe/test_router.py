@@ -183,6 +183,14 @@ def test_trap_1_the_bias_is_a_buffer_that_is_saved_and_not_a_parameter() -> None
     assert router.state_dict()["bias_E"].tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
+def test_trap_1_the_bias_stays_float32_in_a_narrower_model() -> None:
+    """0.5 + 0.001 is 0.5 in bfloat16: the bias would never move again."""
+    router = build(4, 2, bias=[0.5, 0.5, 0.5, 0.5]).to(torch.bfloat16)
+    assert router.weight.dtype == torch.bfloat16
+    router.balance(torch.tensor([4, 0, 0, 0]))
+    torch.testing.assert_close(router.bias_E, torch.tensor([0.499, 0.501, 0.501, 0.501]))
+
+
 def test_balancing_evens_a_lopsided_router() -> None:
     """The mechanism end to end: tokens that nearly all prefer two of four experts are spread by a hundred updates."""
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from deepwright_core.model.precision import WideBuffers
 from deepwright_core.registry import ComponentConfig
 
 from .expert_groups import keep_top_groups
@@ -35,8 +36,8 @@ class RouterConfig(ComponentConfig):
     bias_update_speed: float = Field(0.001, ge=0)
 
 
-class BiasedTopKRouter(nn.Module):
-    """Group-limited top-k on biased scores ("noaux_tc" in published configs)."""
+class BiasedTopKRouter(WideBuffers):
+    """Group-limited top-k on biased scores ("noaux_tc" in published configs). A narrower model leaves the bias float32."""
 
     bias_E: Tensor
 

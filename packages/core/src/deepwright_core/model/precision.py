@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from torch import Tensor, nn
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -32,3 +34,20 @@ def resolve(precision: Precision, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Context in which matrix products run in `dtype`."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+class WideBuffers(nn.Module):
+    """A module whose own buffers keep their precision when a whole model is cast to a narrower one.
+
+    `model.to(torch.bfloat16)` means the weights. Tables of cos and sin would keep 8 bits of 24, and a balancing bias
+    would no longer see the steps of 0.001 that it is corrected by.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype.itemsize < buffer.dtype.itemsize:
+                self._buffers[name] = buffer.to(after.device)
+        return self

@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import Llama3RopeConfig, RopeConfig, YarnConfig
+from .precision import WideBuffers
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -61,8 +62,8 @@ def _llama3_frequencies(frequencies_F: Tensor, llama3: Llama3RopeConfig) -> Tens
     return torch.where(lengths_F < llama3.original_positions / llama3.high_freq_factor, frequencies_F, slowed_F)
 
 
-class Rotary(nn.Module):
-    """Tables of cos and sin for every position, float32, not saved with the weights."""
+class Rotary(WideBuffers):
+    """Tables of cos and sin for every position, float32 whatever the weights are, not saved with them."""
 
     cos_MF: Tensor
     sin_MF: Tensor
