@@ -23,6 +23,8 @@ FAST = ("run.workflow=none", "tracking=jsonl", "experiment=smoke")
         ),
         (["seed=-1", "rl.lr=0", "+sft.x=1"], ["seed", "rl.lr", "sft.x"]),
         (["data=jsonl", "data.path=nothing/*.jsonl"], ["nothing/*.jsonl"]),
+        (["model.init=nothing", "distill.student.init=nothing"], ["model.init: ", "distill.student.init: ", "nothing"]),
+        (["finetune=lora", "finetune.targets=[attention,expert]"], ["finetune.targets holds 'expert'", "ffn.experts"]),
     ],
 )
 def test_a_wrong_override_is_one_sentence(
