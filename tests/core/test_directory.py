@@ -58,9 +58,10 @@ def test_the_config_says_every_value_that_was_used(registry: Registry, tmp_path:
     save_model(build(registry), tmp_path)
     document = json.loads((tmp_path / "config.json").read_text())
     assert document["model_type"] == "deepwright"
-    assert document["rope"] == {"theta": 10000.0, "yarn": None}
+    assert document["rope"] == {"theta": 10000.0, "yarn": None, "llama3": None}
     assert document["ffn"] == {"name": "dense", "intermediate_size": 0}
-    assert read_config(tmp_path, registry).attention == {"name": "gqa", "heads": 2, "kv_heads": 1, "head_dim": 4}
+    assert read_config(tmp_path, registry).attention == document["attention"]
+    assert document["attention"] == {"name": "gqa", "heads": 2, "kv_heads": 1, "head_dim": 4, "qkv_bias": False}
 
 
 def test_casting_leaves_buffers_in_float32(registry: Registry, tmp_path: Path) -> None:

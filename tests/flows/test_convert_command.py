@@ -358,15 +358,16 @@ def test_wrong_requests(
 
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from deepwright_core.huggingface import import_directory
 from deepwright_core.plugins import installed
 registry = installed().registry
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 import_directory(Path(sys.argv[1]), Path(sys.argv[3]), registry)  # a small one: everything is imported and warm
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 import_directory(Path(sys.argv[2]), Path(sys.argv[4]), registry)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak() - before)
 """
 
 
@@ -385,4 +386,5 @@ def test_memory_holds_about_a_file_and_not_the_model(published: Path, tmp_path: 
         [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True, timeout=300
     )
     peak = int(done.stdout)
-    assert size > 400e6 and peak < size / 2.5, f"{peak / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
+    print(f"{peak / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB")
+    assert size > 400e6 and 1e6 < peak < size / 4, f"{peak / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"

@@ -21,6 +21,8 @@ from ..errors import RequestError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# A file is mapped into memory as it is read; after this much it is let go and opened again.
+MAPPED_BYTES = 2**28
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 DTYPES = {
@@ -58,6 +60,7 @@ class TensorFiles:
         self.directory = directory
         self.tensors: dict[str, StoredTensor] = {}
         self._open: tuple[str, Any] | None = None
+        self._mapped = 0
         placed = _index(directory)
         problems: list[str] = []
         for file in sorted(set(placed.values())) if placed is not None else [WEIGHTS_FILE]:
@@ -93,6 +96,7 @@ class TensorFiles:
             tensor: Tensor = handle.get_slice(name)[part] if part else handle.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise RequestError(f"{self.directory / stored.file}: '{name}' cannot be read: {error}.") from None
+        self._mapped += tensor.nbytes
         return tensor
 
     def read_whole(self) -> dict[str, Tensor]:
@@ -102,10 +106,11 @@ class TensorFiles:
     def close(self) -> None:
         """Let go of the file at hand (its pages are mapped into memory)."""
         self._open = None
+        self._mapped = 0
 
     def _handle(self, file: str) -> Any:
-        if self._open is None or self._open[0] != file:
-            self._open = None  # the mapping of the last file goes before the next one comes
+        if self._open is None or self._open[0] != file or self._mapped > MAPPED_BYTES:
+            self.close()
             self._open = (file, safe_open(self.directory / file, "pt"))
         return self._open[1]
 
