@@ -37,7 +37,7 @@ class RouterConfig(ComponentConfig):
 
 
 class BiasedTopKRouter(WideBuffers):
-    """Group-limited top-k on biased scores ("noaux_tc" in published configs). A narrower model leaves the bias float32."""
+    """Group-limited top-k on biased scores ("noaux_tc" in published configs); a cast leaves the bias in float32."""
 
     bias_E: Tensor
 
