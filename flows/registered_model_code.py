@@ -25,7 +25,7 @@ class ReasoningModel(PythonModel):
         directory = Path(context.artifacts["model"])
         self.tokenizer = Tokenizer.load(directory)
         model = load_model(directory, installed().registry)
-        self.engine = Engine(model, self.tokenizer.eos_id)
+        self.engine = Engine(model, self.tokenizer.end_ids)
 
     def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
         from deepwright_core.engine import SamplingParams

@@ -198,7 +198,7 @@ class Examiner:
             split, problems = "validation", self.validation
             config = self.config.model_copy(update={"problems": self.config.validation_problems, "samples": 1})
         model.eval()
-        engine = Engine(model, self.tokenizer.eos_id)
+        engine = Engine(model, self.tokenizer.end_ids)
         assessment = assess(engine, self.tokenizer, problems, self.score, config, self.seed)
         lines = "".join(json.dumps(t, ensure_ascii=False) + "\n" for t in assessment.transcripts)
         write_atomically(self.context.directory / "samples" / f"step-{step:06d}.jsonl", lines)

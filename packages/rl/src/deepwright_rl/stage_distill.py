@@ -92,7 +92,7 @@ def verified_samples(
     path = context.directory / VERIFIED
     tokenizer = teacher.tokenizer
     if not path.exists():
-        engine = Engine(teacher.model, tokenizer.eos_id)
+        engine = Engine(teacher.model, tokenizer.end_ids)
         repeated = [problem for problem in problems for _ in range(config.samples)]
         context.progress.start("teacher's samples", len(repeated))
         lines: list[str] = []
@@ -182,7 +182,7 @@ def run(config: DistillConfig, sections: Mapping[str, Any], context: StageContex
                 config,
                 sections,
                 part,
-                tokenizer.pad_id,
+                tokenizer.filler_id,
                 partial(examiner(part, tokenizer), model),
             )
             results[role] = {k: v for k, v in memory["evaluations"][-1].items() if k != "step"}

@@ -152,7 +152,7 @@ def run(config: RLConfig, sections: Mapping[str, Any], context: StageContext) ->
     )
     rewards = build_rewards(registry, config.rewards)
     problems = ProblemOrder(load_problems(context.inputs["problems"] / "train.jsonl"), config.problems_per_step, seed)
-    engine = Engine(model, tokenizer.eos_id)
+    engine = Engine(model, tokenizer.end_ids)
     memory: dict[str, Any] = {"tokens": 0, "flops": 0.0}
 
     with Verifier() as verifier:
@@ -194,7 +194,7 @@ def run(config: RLConfig, sections: Mapping[str, Any], context: StageContext) ->
                 micro_batch=config.micro_batch,
                 temperature=config.temperature,
                 max_tokens=config.max_tokens,
-                pad_id=tokenizer.pad_id,
+                pad_id=tokenizer.filler_id,
             )
             figures["verifier_failures"] = float(verifier.failures)
             tokens = sum(len(sample.token_ids) for sample in rollouts.samples)

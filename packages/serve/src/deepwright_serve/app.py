@@ -18,6 +18,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
+from deepwright_core.chat import opens_thinking
 from deepwright_core.engine import SamplingParams
 from deepwright_core.errors import RequestError
 from deepwright_core.tokenizer import Tokenizer
@@ -113,7 +114,7 @@ class Service:
                 min_p=request.min_p or 0.0,
                 seed=(seed + choice) % (1 << 63),
                 # The next turn is the user's to write.
-                stop_ids=(self.tokenizer.user_id,),
+                stop_ids=() if self.tokenizer.user_id is None else (self.tokenizer.user_id,),
             )
             for choice in range(request.choices)
         ]
@@ -137,7 +138,7 @@ class Service:
     async def _generate_one(self) -> None:
         limit = self.limits.health_seconds
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-        ticket = Ticket([self.tokenizer.bos_id], params, sink=lambda item: None)
+        ticket = Ticket([*self.tokenizer.begin_ids] or [0], params, sink=lambda item: None)
         seen = asyncio.ensure_future(self.thread.wait_for_token())
         try:
             # When every place is taken, the running requests are the probe.
@@ -221,7 +222,7 @@ def create_app(service: Service) -> Edge:
         tokenizer = service.tokenizer
         prompt = await asyncio.to_thread(tokenizer.chat, messages, thinking=request.thinking_mode)
         params = service.params(request, prompt, request.length)
-        opened = prompt[-1] == tokenizer.think_start_id
+        opened = opens_thinking(tokenizer, prompt)
         answers = [Answer(tokenizer, stops=request.stops, thinking=opened) for _ in params]
         generation = Generation(service.thread, [prompt] * len(params), params, answers, http.state.tenant)
         head: dict[str, Any] = {
@@ -291,7 +292,7 @@ def _encode(tokenizer: Tokenizer, prompts: Iterable[str | list[int]]) -> list[li
     encoded = []
     for prompt in prompts:
         if isinstance(prompt, str):
-            encoded.append([tokenizer.bos_id, *tokenizer.encode(prompt)])
+            encoded.append([*tokenizer.begin_ids, *tokenizer.encode(prompt)])
             continue
         highest = max(prompt)
         if highest >= tokenizer.vocab_size:

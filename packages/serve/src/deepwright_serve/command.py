@@ -102,7 +102,9 @@ def load_service(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = load_model(directory, plugins.installed().registry, device=chosen, dtype=dtype)
     tokenizer = Tokenizer.load(directory)
-    engine = Engine(model, tokenizer.eos_id, cache_tokens=cache_tokens, block_size=BLOCK_SIZE, max_batch=limits.running)
+    engine = Engine(
+        model, tokenizer.end_ids, cache_tokens=cache_tokens, block_size=BLOCK_SIZE, max_batch=limits.running
+    )
     # One block is the padding's.
     context = min(model.max_positions, cache_tokens - BLOCK_SIZE)
     return Service(engine, tokenizer, name, context, limits)

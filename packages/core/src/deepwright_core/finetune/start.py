@@ -37,14 +37,13 @@ def load_start(
 
     encoded_with: the tokenizer whose ids the model will see. It must give every text the ids that the model knows.
     """
-    tokenizer = Tokenizer.load(directory)
-    if encoded_with is not None:
-        if not encoded_with.extends(tokenizer):
-            raise RequestError(
-                f"model.init: {directory} has another tokenizer than the one that the corpus was encoded with; "
-                f"encode it with the model's own: tokenizer=file tokenizer.path={directory}."
-            )
-        tokenizer = encoded_with
+    given = Tokenizer.load(directory)
+    if encoded_with is not None and not encoded_with.extends(given):
+        raise RequestError(
+            f"model.init: {directory} has another tokenizer than the one that the corpus was encoded with; "
+            f"encode it with the model's own: tokenizer=file tokenizer.path={directory}."
+        )
+    tokenizer = encoded_with or given.with_chat_form()
     model = load_model(directory, registry, device)
     new = grow_vocabulary(model, tokenizer.vocab_size)
     rows = model.config.vocab_size

@@ -172,10 +172,11 @@ def _encode(
 
 def _documents(tokenizer: Tokenizer, work: Path, split: TextSplit) -> Iterator[list[int]]:
     """The encoded documents of a split, begin and end tokens included."""
+    begin, end = tokenizer.mark_id("bos"), tokenizer.mark_id("eos")
     waiting = texts(work / "text", split)
     while batch := list(itertools.islice(waiting, BATCH_DOCUMENTS)):
         for ids in tokenizer.encode_batch(batch):
-            yield [tokenizer.bos_id, *ids, tokenizer.eos_id]
+            yield [begin, *ids, end]
 
 
 def _require_text(manifest: Manifest) -> None:

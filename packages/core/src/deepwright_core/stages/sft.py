@@ -147,7 +147,7 @@ def run(config: SFTConfig, sections: Mapping[str, Any], context: StageContext) -
             with tuning.sampling():
                 return examiner(model, number)
 
-        memory = fine_tune("sft", model, examples, config, sections, context, tokenizer.pad_id, evaluate, tuning)
+        memory = fine_tune("sft", model, examples, config, sections, context, tokenizer.filler_id, evaluate, tuning)
     beside = tuning.finish(context.directory)
     save_model(model, context.directory / "model")
     tokenizer.save(context.directory / "model")

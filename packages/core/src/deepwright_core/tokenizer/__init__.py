@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from ..registry import Registry
 from . import bpe, existing
+from .conventions import Conventions
 from .stream import StreamDecoder
 from .tokenizer import Tokenizer
 
-__all__ = ["StreamDecoder", "Tokenizer", "register"]
+__all__ = ["Conventions", "StreamDecoder", "Tokenizer", "register"]
 
 
 def register(registry: Registry) -> None:

@@ -1,7 +1,7 @@
 """A tokenizer that already exists: any directory with a tokenizer.json.
 
-Special tokens that it lacks are added behind its last id; its own names for begin, end and padding are kept. The
-chat form is always ours, because training data is written in it.
+The chat form is always ours, because training data is written in it: marks that the tokenizer lacks are added behind
+its last id; its own names for begin, end and padding are kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from ..chat import CHAT_TEMPLATE
 from ..registry import ComponentConfig
 from .tokenizer import Tokenizer
 
@@ -28,6 +27,4 @@ class FileTokenizerConfig(ComponentConfig):
 def load(config: FileTokenizerConfig, documents: Iterable[str] = ()) -> Tokenizer:
     """A tokenizer read from a directory with a tokenizer.json."""
     del documents  # nothing is learnt
-    tokenizer = Tokenizer.load(Path(config.path).expanduser())
-    tokenizer.template = CHAT_TEMPLATE
-    return tokenizer
+    return Tokenizer.load(Path(config.path).expanduser()).with_chat_form()

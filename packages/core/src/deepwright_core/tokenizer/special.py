@@ -1,4 +1,4 @@
-"""The seven special tokens, in DeepSeek's spelling. Their order is their id in a tokenizer trained here."""
+"""The special tokens of the chat form, in DeepSeek's spelling. Their order is their id in a tokenizer trained here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,33 @@ USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 THINK_START = "<think>"
 THINK_END = "</think>"
+TOOL_CALLS_BEGIN = "<｜tool▁calls▁begin｜>"
+TOOL_CALLS_END = "<｜tool▁calls▁end｜>"
+TOOL_CALL_BEGIN = "<｜tool▁call▁begin｜>"
+TOOL_CALL_END = "<｜tool▁call▁end｜>"
+TOOL_SEP = "<｜tool▁sep｜>"
+TOOL_OUTPUT_BEGIN = "<｜tool▁output▁begin｜>"
+TOOL_OUTPUT_END = "<｜tool▁output▁end｜>"
 
-SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK_START, THINK_END)
+# What each is for -> how it is spelt. A tokenizer may spell the first three in its own way.
+MARKS = {
+    "bos": BOS,
+    "eos": EOS,
+    "pad": PAD,
+    "user": USER,
+    "assistant": ASSISTANT,
+    "think_start": THINK_START,
+    "think_end": THINK_END,
+    "tool_calls_begin": TOOL_CALLS_BEGIN,
+    "tool_calls_end": TOOL_CALLS_END,
+    "tool_call_begin": TOOL_CALL_BEGIN,
+    "tool_call_end": TOOL_CALL_END,
+    "tool_sep": TOOL_SEP,
+    "tool_output_begin": TOOL_OUTPUT_BEGIN,
+    "tool_output_end": TOOL_OUTPUT_END,
+}
+SPECIAL_TOKENS = tuple(MARKS.values())
 
-# As in DeepSeek-R1's own tokenizer.json, the two marks of thinking are not `special` there: other programs that
-# decode with skip_special_tokens still show where the thinking ends.
+# As in DeepSeek's own tokenizer.json, the marks of thinking and of tools are not `special` there: other programs that
+# decode with skip_special_tokens still see where the thinking ends and what is called.
 CONTROL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT)

@@ -1,18 +1,18 @@
 """The tokenizer as the rest of deepwright sees it.
 
-Two views of one tokenizer.json are kept. The *marked* one recognises special tokens in text; the *plain* one has had
-them taken out of its tables, so that a special token in somebody's text is just characters. `encode` uses the plain
-one unless told otherwise: text is data, and only this project's own code places special tokens.
+A tokenizer is what its tokenizer.json says, verbatim: any kind that the `tokenizers` library knows, with the ids of the
+file and no token added. `encode` does not recognise control tokens in text (see `views`): text is data, and only this
+project's own code places them. A role that the file has no token for has no id: `None`.
 
 Left out: truncation, padding, and anything to do with batches of unequal length; packing does that.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -20,112 +20,192 @@ from .. import chat
 from ..chat import Thinking
 from ..errors import RequestError
 from ..stage import write_atomically
-from .special import ASSISTANT, BOS, CONTROL_TOKENS, EOS, PAD, SPECIAL_TOKENS, THINK_END, THINK_START, USER
+from . import views
+from .conventions import Conventions
+from .decoding import decoding
+from .special import CONTROL_TOKENS, MARKS
 
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
+NAMED_MARKS = ("bos", "eos", "pad")  # those that a tokenizer may spell in its own way
+# What a conversation is written with; a tokenizer may also know the marks of tools.
+CHAT_MARKS = ("bos", "eos", "user", "assistant", "think_start", "think_end")
+
+
+class Control(NamedTuple):
+    """A control token: its id, and whether it swallows the white space before and after it."""
+
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 class Tokenizer:
-    """Text to ids and back, with DeepSeek's special tokens and a chat form.
+    """Text to ids and back, and conversations to ids.
 
-    `source` is the content of a tokenizer.json. Special tokens that it lacks are added behind its last id.
-    `names` gives other spellings for begin, end and padding, as another model's tokenizer has them.
+    source: the content of a tokenizer.json. conventions: what the files beside it say.
+    vocab_size: one more than the highest id, which is how many rows a model needs; ids below it may be unused.
+    marks: the names in `special.MARKS` that this tokenizer has a token for -> its id.
+    control: spelling -> every token that is never text: those that the files call special, the marks, and other added
+    tokens that the chat template writes. special_ids: those of them that decoding leaves out.
+    end_ids: what ends a generated text. begin_ids: what stands before a text.
     """
 
-    def __init__(
-        self, source: str, *, names: Mapping[str, str] | None = None, template: str = chat.CHAT_TEMPLATE
-    ) -> None:
-        names = names or {}
-        self.bos = names.get("bos_token") or BOS
-        self.eos = names.get("eos_token") or EOS
-        self.pad = names.get("pad_token") or PAD
-        self.template = template
-        self._marked = _with_special_tokens(source, (self.bos, self.eos, self.pad))
-        self._plain = _without_special_tokens(self._marked.to_str())
-        self.vocab_size: int = self._marked.get_vocab_size(with_added_tokens=True)
-        self.bos_id = self._id(self.bos)
-        self.eos_id = self._id(self.eos)
-        self.pad_id = self._id(self.pad)
-        self.user_id = self._id(USER)
-        self.assistant_id = self._id(ASSISTANT)
-        self.think_start_id = self._id(THINK_START)
-        self.think_end_id = self._id(THINK_END)
-        added = json.loads(self._marked.to_str())["added_tokens"]
-        self.special_ids = frozenset(token["id"] for token in added if token["special"]) | {
-            self.think_start_id,
-            self.think_end_id,
-        }
-        self._bytes = _bytes_of_tokens(self._marked)
+    def __init__(self, source: str, conventions: Conventions | None = None) -> None:
+        self.source = source
+        data = views.parse(source)
+        conventions = conventions or Conventions()
+        # A single character with a role ("!" for padding) is still what everybody writes.
+        named = [token for token in (*conventions.names.values(), *conventions.further) if len(token) > 1]
+        self._marked = views.marked(source, named)
+        ids = self._marked.get_vocab(with_added_tokens=True)
+        if not ids:
+            raise RequestError("tokenizer.json is not a tokenizer that can be used: it has no tokens.")
+        self.vocab_size: int = max(ids.values()) + 1
+        names = {role: token for role, token in conventions.names.items() if token in ids}
+        self.spelling = MARKS | {mark: names[f"{mark}_token"] for mark in MARKS if f"{mark}_token" in names}
+        self.marks = {mark: ids[token] for mark, token in self.spelling.items() if token in ids}
+        names |= {f"{mark}_token": self.spelling[mark] for mark in NAMED_MARKS if mark in self.marks}
+        self.begin_ids = views.begin_ids(data.get("post_processor"))
+        if not self.begin_ids and conventions.begins and self.bos_id is not None:
+            self.begin_ids = (self.bos_id,)
+        begins = self.bos_id is not None and self.begin_ids[:1] == (self.bos_id,)
+        self.conventions = replace(conventions, names=names, begins=begins)
 
-    def _id(self, token: str) -> int:
-        found = self._marked.token_to_id(token)
-        if found is None:
-            raise RequestError(f"The tokenizer has no token '{token}'; train it again or choose another.")
-        return found
+        added = self._marked.get_added_tokens_decoder()
+        special = {token.content for token in added.values() if token.special}
+        special |= {token for token in (*named, *MARKS.values()) if token in ids}
+        written = f"{conventions.template or ''}\0{conventions.tool_template or ''}"
+        self.control = {token: Control(ids[token]) for token in special}
+        for i, token in added.items():
+            if token.content in special or (token.content in written and not token.content.isspace()):
+                self.control[token.content] = Control(i, token.lstrip, token.rstrip)
+        self.special_ids = frozenset(ids[token] for token in special)
+        self._plain = views.plain(data | {"added_tokens": data.get("added_tokens") or []}, self.control)
+        self.decoding = decoding(self._marked, data.get("decoder"))
+        self.end_ids = frozenset(conventions.end_ids) | ({self.eos_id} if self.eos_id is not None else set())
+
+    # Ids with a role ------------------------------------------------------------------------------
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.marks.get("bos")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.marks.get("eos")
+
+    @property
+    def pad_id(self) -> int | None:
+        return self.marks.get("pad")
+
+    @property
+    def user_id(self) -> int | None:
+        return self.marks.get("user")
+
+    @property
+    def assistant_id(self) -> int | None:
+        return self.marks.get("assistant")
+
+    @property
+    def think_start_id(self) -> int | None:
+        return self.marks.get("think_start")
+
+    @property
+    def think_end_id(self) -> int | None:
+        return self.marks.get("think_end")
+
+    @property
+    def filler_id(self) -> int:
+        """Fills rows up where nothing is learnt: padding, else the end, else any."""
+        return next((i for i in (self.pad_id, self.eos_id) if i is not None), 0)
+
+    def mark_id(self, mark: str) -> int:
+        """The id of a mark by its name; `RequestError` when this tokenizer has no token for it."""
+        if mark not in self.marks:
+            raise RequestError(chat.lacking([self.spelling[mark]]))
+        return self.marks[mark]
 
     # Text -----------------------------------------------------------------------------------------
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of a text, without begin or end. Special tokens in the text count as such only if allowed."""
-        view = self._marked if allow_special else self._plain
-        return view.encode(text, add_special_tokens=False).ids
+        return self._encode([text], self._marked if allow_special else self._plain)[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts at once, on all of the threads that the tokenizers library uses. No special tokens."""
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str], *, inside: bool = False) -> list[list[int]]:
+        """Ids of many texts at once, on all of the threads that the tokenizers library uses. No special tokens.
+
+        inside: the texts stand behind a special token, not at the beginning of a document; some tokenizers tell.
+        """
+        if not inside:
+            return self._encode(texts, self._plain)
+        return [ids[1:] for ids in self._encode([views.ANCHOR + text for text in texts], self._plain)]
+
+    @staticmethod
+    def _encode(texts: Sequence[str], view: tokenizers.Tokenizer) -> list[list[int]]:
+        try:
+            return [encoding.ids for encoding in view.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as error:  # the library's plain Exception: no token for a character, and none for unknown ones
+            raise RequestError(f"The tokenizer cannot encode this text: {error}.") from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of ids. `skip_special` leaves out all seven special tokens, the marks of thinking among them."""
-        kept = (i for i in ids if not (skip_special and i in self.special_ids))
-        return b"".join(self.token_bytes(i) for i in kept).decode("utf-8", errors="replace")
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token. Ids without a token (a model may have more rows than tokens) have none."""
-        return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
-
-    def extends(self, other: Tokenizer) -> bool:
-        """Whether every text has the same ids here as in `other`, which may have fewer added tokens."""
-        ours, theirs = (json.loads(tokenizer._marked.to_str()) for tokenizer in (self, other))
-        same = all(ours[part] == theirs[part] for part in ("normalizer", "pre_tokenizer", "model"))
-        return same and all(token in ours["added_tokens"] for token in theirs["added_tokens"])
+        """Text of ids. `skip_special` leaves out all special tokens, the marks of thinking and of tools among them."""
+        return self.decoding.decode(i for i in ids if not (skip_special and i in self.special_ids))
 
     # Chat -----------------------------------------------------------------------------------------
+
+    @property
+    def chats(self) -> bool:
+        """Whether conversations can be encoded: with the tokenizer's own template, or in deepwright's chat form."""
+        return not chat.is_ours(self.conventions.template) or all(mark in self.marks for mark in CHAT_MARKS)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: Thinking = "auto",
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Ids of a conversation. What the messages say is encoded as plain text, whatever it looks like."""
-        if self.template == chat.CHAT_TEMPLATE:
-            pieces = chat.pieces(messages, thinking=thinking, add_generation_prompt=add_generation_prompt)
-            return [i for piece in pieces for i in piece.ids(self)]
-        rendered = chat.render_apart(self, messages, thinking=thinking, add_generation_prompt=add_generation_prompt)
-        return [i for text, is_content in rendered for i in self.encode(text, allow_special=not is_content)]
+        """Ids of a conversation. What the messages and tools say is encoded as plain text, whatever it looks like."""
+        form = chat.pieces(self, messages, tools=tools, thinking=thinking, add_generation_prompt=add_generation_prompt)
+        return [i for ids in chat.encode_pieces(self, [form])[0] for i in ids]
+
+    def with_chat_form(self) -> Tokenizer:
+        """This tokenizer with deepwright's chat form as its template. Marks that it lacks get ids behind its last one;
+        its own tokens for begin, end and padding are kept."""
+        missing = [token for mark, token in self.spelling.items() if mark not in self.marks]
+        source = views.with_added(self.source, missing, CONTROL_TOKENS) if missing else self.source
+        names = {f"{mark}_token": self.spelling[mark] for mark in NAMED_MARKS}
+        conventions = replace(
+            self.conventions,
+            names=self.conventions.names | names,
+            begins=True,
+            template=chat.CHAT_TEMPLATE,
+            tool_template=None,
+        )
+        grown = Tokenizer(source, conventions)
+        if any(grown.control[token].id < self.vocab_size for token in missing):
+            raise RequestError(
+                "The tokenizer has unused ids below its last one, and the tokenizers library would give them to the "
+                "tokens of the chat form; give the unused ids tokens of their own first."
+            )
+        return grown
+
+    def extends(self, other: Tokenizer) -> bool:
+        """Whether texts get the ids that `other` gives them: the same rules, and all of its tokens by the same ids."""
+        ours, theirs = views.parse(self.source), views.parse(other.source)
+        parts = ("model", "normalizer", "pre_tokenizer", "decoder")
+        ids = self._marked.get_vocab(with_added_tokens=True)
+        same = all(ids.get(token) == i for token, i in other._marked.get_vocab(with_added_tokens=True).items())
+        return same and all(ours.get(part) == theirs.get(part) for part in parts)
 
     # Files ----------------------------------------------------------------------------------------
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, as other programs read them."""
+        """Write tokenizer.json as it was read, and the files beside it, as other programs read them."""
         directory = Path(directory)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self.bos,
-            "eos_token": self.eos,
-            "pad_token": self.pad,
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": int(1e30),
-            "chat_template": self.template,
-        }
-        write_atomically(directory / TOKENIZER_FILE, self._marked.to_str(pretty=True))
-        write_atomically(directory / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        write_atomically(directory / TEMPLATE_FILE, self.template)
+        for name, content in {TOKENIZER_FILE: self.source, **self.conventions.files()}.items():
+            write_atomically(directory / name, content)
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
@@ -133,66 +213,14 @@ class Tokenizer:
         directory = Path(directory)
         path = directory / TOKENIZER_FILE
         if not path.is_file():
-            raise RequestError(f"{path} does not exist; a tokenizer's directory holds a {TOKENIZER_FILE}.")
-        names, template = _other_spellings(directory)
+            hint = (
+                "; transformers can make one of a tokenizer.model" if (directory / "tokenizer.model").is_file() else ""
+            )
+            raise RequestError(f"{path} does not exist; a tokenizer's directory holds a {TOKENIZER_FILE}{hint}.")
+        conventions = Conventions.read(directory)
         try:
-            return cls(path.read_text(encoding="utf-8"), names=names, template=template)
-        except RequestError:
-            raise
-        except Exception as error:  # the library raises plain Exception for files it cannot read
-            raise RequestError(f"{path} is not a tokenizer that can be read: {error}.") from error
-
-
-def _other_spellings(directory: Path) -> tuple[dict[str, str], str]:
-    """Names of begin, end and padding, and the chat template, from the files beside a tokenizer.json."""
-    names: dict[str, str] = {}
-    template = chat.CHAT_TEMPLATE
-    path = directory / CONFIG_FILE
-    if path.is_file():
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RequestError(f"{path} is not valid JSON: {error}.") from error
-        for key in ("bos_token", "eos_token", "pad_token"):
-            value = config.get(key)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                names[key] = value
-        if isinstance(config.get("chat_template"), str):
-            template = config["chat_template"]
-    if (directory / TEMPLATE_FILE).is_file():
-        template = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
-    return names, template
-
-
-def _with_special_tokens(source: str, control: Sequence[str]) -> tokenizers.Tokenizer:
-    view = tokenizers.Tokenizer.from_str(source)
-    for token in (*control, *SPECIAL_TOKENS[3:]):
-        special = token in control or token in CONTROL_TOKENS
-        known = [t for t in view.get_added_tokens_decoder().values() if t.content == token]
-        if not known:
-            added = tokenizers.AddedToken(token, normalized=False, special=special)
-            view.add_special_tokens([added]) if special else view.add_tokens([added])
-    return view
-
-
-def _without_special_tokens(source: str) -> tokenizers.Tokenizer:
-    data = json.loads(source)
-    data["added_tokens"] = []
-    data["post_processor"] = None  # it may name the tokens just taken out
-    return tokenizers.Tokenizer.from_str(json.dumps(data))
-
-
-def _bytes_of_tokens(view: tokenizers.Tokenizer) -> list[bytes]:
-    """What each id stands for. Byte-level vocabularies write a byte as one printable character; this undoes it."""
-    if "ByteLevel" not in json.dumps(json.loads(view.to_str())["decoder"]):
-        raise RequestError("The tokenizer is not byte-level; choose one whose tokenizer.json has a ByteLevel decoder.")
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}
-    added = {i: token.content for i, token in view.get_added_tokens_decoder().items()}
-    vocabulary = view.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocabulary.values()) + 1)
-    for token, i in vocabulary.items():
-        table[i] = added[i].encode() if i in added else bytes(byte_of[character] for character in token)
-    return table
+            return cls(path.read_text(encoding="utf-8"), conventions)
+        except RequestError as error:
+            raise RequestError([f"{directory}/{problem}" for problem in error.problems]) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path} cannot be read: {error}.") from error
