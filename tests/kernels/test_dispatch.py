@@ -29,7 +29,15 @@ def _without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_operator_has_a_reference() -> None:
-    assert sorted(operators()) == ["grouped_linear", "linear_cross_entropy", "mla_paged_decode", "rms_norm", "rotary"]
+    assert sorted(operators()) == [
+        "dequantise_fp8_blocks",
+        "grouped_linear",
+        "linear_cross_entropy",
+        "mla_paged_decode",
+        "quantise_fp8_blocks",
+        "rms_norm",
+        "rotary",
+    ]
     for name, backends in operators().items():
         assert "reference" in backends
         assert callable(dispatch.load(name, "reference"))
