@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,24 @@ def tokenizer(registry: Registry) -> Tokenizer:
     text = ["State the final answer: 357 + 468 =", "The quick brown fox jumps over the lazy dog."] * 4
     made: Tokenizer = registry.build("tokenizer", {"name": "bpe", "vocab_size": 280}, text)
     return made
+
+
+@pytest.fixture
+def bare(build: Build, tmp_path: Path) -> Path:
+    """A model directory whose tokenizer has never heard of chat."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        ["The quick brown fox"] * 4,
+        tokenizers.trainers.BpeTrainer(vocab_size=262, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"]),
+    )
+    save_model(build(vocab_size=bpe.get_vocab_size()), tmp_path / "bare")
+    bpe.save(str(tmp_path / "bare" / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(names))
+    return tmp_path / "bare"
 
 
 @pytest.fixture

@@ -23,6 +23,10 @@ Build = Callable[..., Transformer]
 
 @pytest.fixture
 def finished(base: Path, registry: Registry, tmp_path: Path) -> Path:
+    return finish(base, registry, tmp_path)
+
+
+def finish(base: Path, registry: Registry, tmp_path: Path) -> Path:
     """What a stage leaves: model/ and adapter/."""
     start = load_start(base, registry)
     lora = Lora(LoraConfig(rank=3, targets=["attention", "ffn.experts", "head"]), start.model, seed=1)
@@ -35,7 +39,13 @@ def finished(base: Path, registry: Registry, tmp_path: Path) -> Path:
     return tmp_path / "stage"
 
 
-def test_base_and_adapter_are_the_merged_model(base: Path, finished: Path, registry: Registry, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["base", "bare"])
+def test_base_and_adapter_are_the_merged_model(
+    request: pytest.FixtureRequest, kind: str, registry: Registry, tmp_path: Path
+) -> None:
+    """Also where the stage had to add tokens to the base."""
+    base = request.getfixturevalue(kind)
+    finished = finish(base, registry, tmp_path)
     apply_adapter(base, finished / "adapter", tmp_path / "again", registry)
     files = sorted(path.name for path in (finished / "model").iterdir())
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == files

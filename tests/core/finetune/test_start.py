@@ -40,10 +40,27 @@ def test_tokens_beyond_the_models_rows_get_rows(
     start = load_start(tmp_path, registry)
     assert start.model.config.vocab_size == len(start.model.embedding.weight) == tokenizer.vocab_size
     (note,) = start.notes
-    assert f"grew by 4 to {tokenizer.vocab_size}" in note
+    assert f"vocabulary grew by 4 to {tokenizer.vocab_size}" in note
     again = load_start(tmp_path, registry).model  # a resumed stage, or the reference policy
     assert torch.equal(again.embedding.weight, start.model.embedding.weight)
     assert torch.equal(again.head.weight, start.model.head.weight)
+
+
+def test_marks_of_the_chat_form_are_added_behind_what_is_there(bare: Path, registry: Registry, tmp_path: Path) -> None:
+    given, rows = Tokenizer.load(bare), load_model(bare, registry).config.vocab_size
+    assert not given.chats and read_start(bare, registry).vocab_size == rows == given.vocab_size
+    start = load_start(bare, registry)
+    assert start.tokenizer.chats and start.tokenizer.extends(given)
+    assert start.model.config.vocab_size == start.tokenizer.vocab_size > rows
+    assert start.tokenizer.spelling["eos"] == "</s>"  # its own, not ours
+    added, grew = start.notes
+    assert "<｜User｜>" in added and "</s>" not in added and f"to {start.tokenizer.vocab_size}" in grew
+    ids = start.tokenizer.chat([{"role": "user", "content": "fox"}])
+    with torch.no_grad():
+        assert start.model.logits(start.model(torch.tensor([ids]))).isfinite().all()
+    save_model(start.model, tmp_path / "next")
+    start.tokenizer.save(tmp_path / "next")
+    assert load_start(tmp_path / "next", registry).notes == ()
 
 
 def test_more_rows_than_tokens_stay(build: Build, tokenizer: Tokenizer, registry: Registry, tmp_path: Path) -> None:

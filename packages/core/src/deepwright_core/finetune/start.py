@@ -45,10 +45,15 @@ def load_start(
         )
     tokenizer = encoded_with or given.with_chat_form()
     model = load_model(directory, registry, device)
+    notes = []
+    added = [tokenizer.spelling[mark] for mark in tokenizer.marks if mark not in given.marks]
+    if added:
+        notes.append(f"Added to the tokenizer: {', '.join(added)}.")
     new = grow_vocabulary(model, tokenizer.vocab_size)
-    rows = model.config.vocab_size
-    notes = (f"The vocabulary grew by {new} to {rows}: new rows are the mean of the others.",) if new else ()
-    return Start(model, tokenizer, notes)
+    if new:
+        rows = model.config.vocab_size
+        notes.append(f"The vocabulary grew by {new} to {rows}: the new rows are the mean of the others.")
+    return Start(model, tokenizer, tuple(notes))
 
 
 def read_start(directory: Path, registry: Registry) -> ModelConfig:
@@ -66,7 +71,7 @@ def read_start(directory: Path, registry: Registry) -> ModelConfig:
     except RequestError as error:
         problems += error.problems
     try:
-        Tokenizer.load(directory)
+        Tokenizer.load(directory).with_chat_form()
     except RequestError as error:
         problems += error.problems
     if problems:
