@@ -16,6 +16,8 @@ Examples:
   deepwright run pipeline
   deepwright run pipeline experiment=smoke seed=1
   deepwright run rl rl.lr=1e-4 paths.root=/data/runs
+  deepwright run sft model.init=imported
+  deepwright run rl model.init=imported finetune=lora finetune.rank=16
   deepwright run pretrain -m model/attention=mla,gqa seed=0,1,2
   deepwright run pipeline --config runs/history/20260101-120000-pipeline/config.yaml
 
