@@ -292,7 +292,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a tokenizer that is none": (
         lambda d: (d / "tokenizer.json").write_text("{}"),
-        "is not a tokenizer that can be read",
+        "is not a tokenizer",
     ),
 }
 
