@@ -152,7 +152,8 @@ def compose(overrides: Sequence[str], plugins: InstalledPlugins) -> dict[str, An
                 raise RequestError([*problems, *error.problems]) from None
             except (HydraException, OmegaConfBaseException) as error:
                 culprit, sentence = override_problems.explain(error, remaining, lambda: _base_keys(hydra))
-                problems.append(sentence)
+                if sentence not in problems:
+                    problems.append(sentence)
                 if culprit is None:
                     raise RequestError(problems) from error
                 remaining.remove(culprit)

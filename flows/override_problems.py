@@ -17,6 +17,8 @@ ENVIRONMENT = (
 )
 _ENVIRONMENT_PATTERN = re.compile(r"\$\{\s*oc\.env\b")
 _QUOTED = re.compile(r"'([^']*)'")
+_MISSING_OPTION = re.compile(r"Could not (?:find|load) '([^']*)'")
+_OPTION_IN_NEED = re.compile(r"In '([^']*)': Could not (?:find|load) '([^']*)'")
 
 
 def refused(overrides: Sequence[str]) -> list[str]:
@@ -53,6 +55,12 @@ def explain(
         if cause is not None:
             message += "\n" + str(cause)
     culprit = _culprit(message, overrides)
+    need = _OPTION_IN_NEED.search(message)
+    if need and (culprit is None or not _chooses(culprit, need[2])):
+        return culprit, (
+            f"{need[1]} needs {need[2]}, and there is no such option. Is the plugin that provides it installed, and "
+            "not left out by --block?"
+        )
     if culprit is None:
         return None, one_line(error)
     key = key_of(culprit)
@@ -73,10 +81,11 @@ def _culprit(message: str, overrides: Sequence[str]) -> str | None:
     for override in overrides:
         if override in message:
             return override
-    for override in overrides:  # a group choice: the message quotes 'group/option'
-        key, _, value = override.partition("=")
-        if f"{key.lstrip('+~').split('@')[0]}/{value}" in quoted:
-            return override
+    missing = _MISSING_OPTION.findall(message)
+    for options in (missing, quoted):  # a group choice: the message quotes 'group/option', and perhaps who needs it
+        for override in overrides:
+            if any(_chooses(override, option) for option in options):
+                return override
     for override in overrides:
         key = key_of(override)
         if key in quoted:
@@ -85,6 +94,12 @@ def _culprit(message: str, overrides: Sequence[str]) -> str | None:
         if key_of(override) in message:
             return override
     return None
+
+
+def _chooses(override: str, option: str) -> bool:
+    """Whether an override like `model/ffn@x.y=moe` chooses the option 'model/ffn/moe'."""
+    key, _, value = override.partition("=")
+    return f"{key.lstrip('+~').split('@')[0]}/{value}" == option
 
 
 def _near(name: str, known: Sequence[str], everything: bool) -> str:

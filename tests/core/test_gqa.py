@@ -11,18 +11,24 @@ from deepwright_core.model.attention import GQAConfig, GroupedQueryAttention, bu
 from deepwright_core.model.cache import CacheBatch
 from deepwright_core.model.config import ModelConfig, RopeConfig, YarnConfig
 from deepwright_core.model.rope import Rotary
-from deepwright_core.model.transformer import packed_mask
+from deepwright_core.model.transformer import build_model, packed_mask
+from deepwright_core.registry import Registry
 
 YARN = RopeConfig(yarn=YarnConfig(factor=4, original_positions=8))
 HIDDEN, LONGEST, BLOCK = 12, 32, 4
 
 
 def build(
-    heads: int = 4, kv_heads: int = 2, head_dim: int = 6, rope: RopeConfig | None = None
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 6,
+    rope: RopeConfig | None = None,
+    qkv_bias: bool = False,
+    hidden_size: int = HIDDEN,
 ) -> GroupedQueryAttention:
-    config = GQAConfig(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    config = GQAConfig(heads=heads, kv_heads=kv_heads, head_dim=head_dim, qkv_bias=qkv_bias)
     model = ModelConfig(
-        hidden_size=HIDDEN,
+        hidden_size=hidden_size,
         layers=1,
         intermediate_size=4,
         rope=rope or RopeConfig(),
@@ -165,3 +171,36 @@ def test_the_cache_holds_rotated_keys_then_values() -> None:
 def test_heads_must_share_evenly(heads: int, kv_heads: int) -> None:
     with pytest.raises(ValueError, match=f"heads is {heads}; expected a multiple of kv_heads, which is {kv_heads}"):
         GQAConfig(heads=heads, kv_heads=kv_heads)
+
+
+@torch.no_grad()
+def test_biases_are_added_before_the_rotation_in_both_forms() -> None:
+    """As Qwen2 has them: on queries, keys and values, none on the output."""
+    attention, plain = build(qkv_bias=True), build()
+    assert {name for name, _ in attention.named_parameters()} - {name for name, _ in plain.named_parameters()} == {
+        "q.bias",
+        "k.bias",
+        "v.bias",
+    }
+    table, x_BSD = table_of(attention), torch.randn(2, 5, HIDDEN, dtype=torch.float64)
+    # The same as a weight for an input that is always 1.
+    wider = build(hidden_size=HIDDEN + 1)
+    for name in ("q", "k", "v"):
+        linear, other = getattr(attention, name), getattr(wider, name)
+        linear.bias.normal_()
+        other.weight.copy_(torch.cat([linear.weight, linear.bias[:, None]], 1))
+    wider.o.weight[:HIDDEN] = attention.o.weight
+    ones = torch.ones(2, 5, 1, dtype=torch.float64)
+    have = attention(x_BSD, table(torch.arange(5)[None]), None)
+    want = wider(torch.cat([x_BSD, ones], -1), table(torch.arange(5)[None]), None)[..., :HIDDEN]
+    torch.testing.assert_close(have, want)
+    stepwise, _ = paged(attention, x_BSD, table, [[3, 1], [1, 1], [1, 3]])
+    torch.testing.assert_close(stepwise, have)
+
+
+def test_biases_start_at_zero(registry: Registry) -> None:
+    attention = {"name": "gqa", "heads": 2, "kv_heads": 1, "head_dim": 4, "qkv_bias": True}
+    sizes = {"vocab_size": 7, "hidden_size": 6, "layers": 2, "intermediate_size": 5}
+    model = build_model(registry, ModelConfig(**sizes, attention=attention, ffn={"name": "dense"}), seed=0)
+    biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith(".bias")}
+    assert len(biases) == 2 * 3 and not any(bias.any() for bias in biases.values())

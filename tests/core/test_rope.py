@@ -1,4 +1,5 @@
-"""RoPE and YaRN against their papers: angles by hand, the numbers of DeepSeek-V3, and relative positions."""
+"""RoPE and its extensions against their papers: angles by hand, the numbers of DeepSeek-V3 and Llama 3.1, and relative
+positions."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from deepwright_core.model.config import RopeConfig, YarnConfig
+from deepwright_core.model.config import Llama3RopeConfig, RopeConfig, YarnConfig
 from deepwright_core.model.rope import Rotary, softmax_scale, yarn_mscale
 from deepwright_kernels import rotary
 
@@ -93,6 +95,32 @@ def test_tables_carry_what_the_softmax_scale_does_not() -> None:
     only_mscale = RopeConfig(yarn=V3.model_copy(update={"mscale_all_dim": 0.0}))
     assert Rotary(8, only_mscale, 1)(zero)[0].tolist() == pytest.approx([1 + 0.1 * math.log(40)] * 4)
     assert softmax_scale(64, only_mscale) == 64**-0.5
+
+
+def test_llama_3_1_pair_by_pair() -> None:
+    """Pair i turns 8192 · θ^(-2i/128) / 2π times in the original context: pair 28 is the last with more than 4 turns,
+    pair 35 the first with less than one. Between, a pair with t turns keeps (t - 1) / 3 of its frequency."""
+    plain = [500000.0 ** (-2 * pair / 128) for pair in range(64)]
+    turns = [8192 * frequency / (2 * math.pi) for frequency in plain]
+    assert turns[28] > 4 > turns[29] and turns[34] > 1 > turns[35]
+    have = angles(RopeConfig(theta=500000.0, llama3=Llama3RopeConfig()), 128)
+    for pair in range(64):
+        kept = min(max((turns[pair] - 1) / 3, 0.0), 1.0)
+        assert have[pair] == pytest.approx(plain[pair] * kept + plain[pair] / 8 * (1 - kept), rel=1e-4), pair
+    assert have[28] == pytest.approx(plain[28], rel=1e-6) and have[35] == pytest.approx(plain[35] / 8, rel=1e-6)
+
+
+def test_llama_3_1_leaves_the_softmax_and_the_length_of_vectors_alone() -> None:
+    config = RopeConfig(theta=500000.0, llama3=Llama3RopeConfig(factor=32))
+    assert softmax_scale(128, config) == 128**-0.5
+    assert Rotary(8, config, 1)(torch.tensor(0))[0].tolist() == [1.0] * 4
+
+
+def test_one_extension_of_the_context_at_most() -> None:
+    with pytest.raises(ValidationError, match="yarn and llama3 are both given; expected at most one"):
+        RopeConfig(yarn=YarnConfig(), llama3=Llama3RopeConfig())
+    with pytest.raises(ValidationError, match="high_freq_factor is 1; expected more than low_freq_factor, which is 1"):
+        Llama3RopeConfig(high_freq_factor=1.0)
 
 
 def test_pairs_are_interleaved_and_turned_as_complex_numbers() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deepwright_core.model.cache import CacheBatch
 from deepwright_core.model.config import ModelConfig, RopeConfig, YarnConfig
+from deepwright_core.model.norm import RMSNorm
 from deepwright_core.model.rope import Rotary
 from deepwright_core.model.transformer import packed_mask
 from deepwright_mla.latent_attention import ABSORBED_QUERIES, LatentAttention, MLAConfig, build_mla
@@ -33,6 +34,7 @@ def build(q_lora_rank: int = 7, rope: RopeConfig | None = None, **sizes: Any) ->
         hidden_size=HIDDEN,
         layers=1,
         intermediate_size=4,
+        norm_eps=0.1,  # the blocks' norms' and not that of the latents'
         rope=rope or RopeConfig(),
         attention=config.model_dump(),
         ffn={"name": "dense"},
@@ -240,3 +242,18 @@ def test_published_layer_has_the_published_number_of_weights() -> None:
     assert attention.cache_width == 576
     matrices = 7168 * 1536 + 1536 * 24576 + 7168 * 576 + 512 * 32768 + 16384 * 7168
     assert sum(p.numel() for p in attention.parameters()) == matrices + 1536 + 512 == 187_107_328
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 7])
+def test_the_norms_of_the_latents_have_an_eps_of_their_own(q_lora_rank: int) -> None:
+    """Published code takes 1e-6 there, also where the model's own norm_eps is another (Moonlight: 1e-5)."""
+    usual, other = build(q_lora_rank), build(q_lora_rank, latent_norm_eps=0.01)
+    assert {module.eps for module in usual.modules() if isinstance(module, RMSNorm)} == {1e-6}
+    assert {module.eps for module in other.modules() if isinstance(module, RMSNorm)} == {0.01}
+
+
+def test_decoding_costs_what_the_absorbed_form_multiplies() -> None:
+    """A pair of query and key: a score over latent and rope key, and a mix of latents, in every head."""
+    attention = build()
+    assert attention.pair_flops == 2 * HEADS * (NOPE + ROPE + VALUE)
+    assert attention.pair_flops_decode == 2 * HEADS * (LATENT + ROPE + LATENT)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from deepwright_core.errors import RequestError
 from deepwright_core.model.config import ModelConfig
+from deepwright_core.model.cost import Part, count
 from deepwright_core.model.directory import load_model, save_model
+from deepwright_core.model.feed_forward import Mixture
 from deepwright_core.model.record import ForwardRecord
 from deepwright_core.model.transformer import Transformer, build_model, initialise
 from deepwright_core.registry import Registry
@@ -63,10 +65,11 @@ def by_loops(mixture: MixtureOfExperts, x_BSD: Tensor) -> Tensor:
         {"shared_experts": 0},
         {"shared_experts": 2, "top_k": 3},
         {"experts": 8, "top_k": 3, "router": {"name": "noaux_tc", "groups": 4, "top_groups": 2, "scaling": 2.5}},
+        {"experts": 8, "top_k": 3, "router": {"name": "group_limited_greedy", "groups": 4, "top_groups": 2}},
         {"top_k": 6},
         {"experts": 1, "top_k": 1},
     ],
-    ids=["plain", "no shared", "two shared", "groups", "all", "one expert"],
+    ids=["plain", "no shared", "two shared", "groups", "softmax groups", "all", "one expert"],
 )
 def test_values_and_every_gradient_are_those_of_the_loops(registry: Registry, options: dict[str, Any]) -> None:
     mixture = build(registry, **options)
@@ -146,8 +149,10 @@ def test_the_balance_loss_is_weighted_and_can_be_turned_off(registry: Registry) 
     torch.testing.assert_close(losses[1], losses[0] * 1e-4)
 
 
-def transformer(registry: Registry, **changes: Any) -> Transformer:
-    ffn = {"name": "moe", "experts": 4, "top_k": 2, "intermediate_size": 5, "balance_loss": 0.01}
+def transformer(registry: Registry, router: dict[str, Any] | None = None, **changes: Any) -> Transformer:
+    ffn: dict[str, Any] = {"name": "moe", "experts": 4, "top_k": 2, "intermediate_size": 5, "balance_loss": 0.01}
+    if router is not None:
+        ffn["router"] = router
     return build_model(registry, model_config(ffn, init_std=0.3, **changes), seed=0)
 
 
@@ -163,6 +168,16 @@ def test_the_objective_adds_every_layers_balance_loss_once(registry: Registry) -
     ]
 
 
+def test_a_mixture_says_what_it_costs(registry: Registry) -> None:
+    cost = count(transformer(registry, layers=3, first_dense_layers=1, mtp={"depth": 1}))
+    expert = 3 * HIDDEN * 5
+    assert cost.parts["routed_experts"] == Part(2 * 4 * expert, 2 * 2 * expert)
+    assert cost.parts["shared_experts"] == Part(2 * expert, 2 * expert)
+    assert cost.parts["routers"] == Part(2 * 4 * HIDDEN, 2 * 4 * HIDDEN)
+    assert cost.parts["dense_ffn"].total == expert
+    assert (cost.mixture, cost.mixture_layers) == (Mixture(experts=4, top_k=2, shared=1), 2)
+
+
 def test_each_layers_load_corrects_that_layers_router(registry: Registry) -> None:
     model = transformer(registry, layers=3, first_dense_layers=1, mtp={"depth": 1})
     model.balance({2: torch.tensor([9, 0, 1, 2]), 3: torch.tensor([0, 0, 0, 8])})
@@ -170,6 +185,23 @@ def test_each_layers_load_corrects_that_layers_router(registry: Registry) -> Non
     step = [-0.001, 0.001, 0.001, 0.001]
     assert model.layers[2].ffn.router.bias_E.tolist() == pytest.approx(step)
     assert model.mtp[0].block.ffn.router.bias_E.tolist() == pytest.approx(step[::-1])
+
+
+def test_a_router_without_a_bias_trains_and_is_left_alone_by_the_balance(registry: Registry, tmp_path: Path) -> None:
+    """DeepSeek-V2: the auxiliary loss reaches the router, and the load is still counted."""
+    router = {"name": "group_limited_greedy", "groups": 2, "top_groups": 1, "scaling": 4.0}
+    model = transformer(registry, router, layers=3, first_dense_layers=1, mtp={"depth": 1})
+    tokens_BS = torch.randint(30, (2, 8), generator=torch.Generator().manual_seed(0))
+    loss = language_model_loss(model, tokens_BS)
+    loss.total.backward()
+    assert sorted(loss.record.loads) == [1, 2, 3] and all(each.item() > 0 for each in loss.record.losses.values())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.balance(loss.record.loads)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for block in (model.layers[1], model.layers[2], model.mtp[0].block):
+        assert block.ffn.router.weight.grad.abs().sum() > 0
+    save_model(model, tmp_path)
+    assert not any("bias" in name for name in load_model(tmp_path, registry).state_dict())
 
 
 def test_the_bias_is_saved_with_the_model_and_stays_float32(registry: Registry, tmp_path: Path) -> None:
@@ -205,6 +237,14 @@ def test_the_bias_is_saved_with_the_model_and_stays_float32(registry: Registry, 
         ),
         ({"router": {"name": "noaux_tc", "groups": 0}}, "input should be greater than or equal to 1"),
         ({"router": {"name": "noaux"}}, "Did you mean noaux_tc?"),
+        (
+            {"router": {"name": "group_limited_greedy", "groups": 4}},
+            "experts is 6; expected a multiple of router.groups, which is 4",
+        ),
+        (
+            {"router": {"name": "group_limited_greedy", "bias_update_speed": 0.1}},
+            "ffn.router.bias_update_speed is not an option of SoftmaxRouterConfig",
+        ),
         ({"expert": 4}, "ffn.expert is not an option of MoEConfig. Did you mean experts"),
     ],
 )

@@ -63,6 +63,7 @@ class LatentAttention(nn.Module):
         self.cache_width = config.kv_lora_rank + config.qk_rope_head_dim
         self.mha_cache_width = self.heads * (self.nope_dim + self.value_dim)
         self.pair_flops = 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim)
+        self.pair_flops_decode = 2 * self.heads * (self.cache_width + self.latent_dim)
         self.scale = softmax_scale(self.nope_dim + self.rope_dim, model.rope)
         query_width = self.heads * (self.nope_dim + self.rope_dim)
         if config.q_lora_rank:

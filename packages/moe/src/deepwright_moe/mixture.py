@@ -8,7 +8,7 @@ Shapes: B sequences, S tokens, T = B·S, D hidden, E experts, K experts per toke
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from deepwright_core.model.config import ModelConfig
-from deepwright_core.model.feed_forward import SwiGLU
+from deepwright_core.model.feed_forward import Mixture, SwiGLU
 from deepwright_core.model.record import ForwardRecord
 from deepwright_core.registry import ComponentConfig, ComponentOf, Registry
 from deepwright_kernels import grouped_linear
@@ -79,9 +79,12 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """routed(x) + shared(x). `layer` is the key under which load and loss are reported."""
 
+    parts: ClassVar = {"router": "routers", "experts": "routed_experts", "shared": "shared_experts"}
+
     def __init__(self, config: MoEConfig, model: ModelConfig, layer: int, router: nn.Module) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        self.mixture = Mixture(config.experts, config.top_k, config.shared_experts)
         self.router = router
         self.experts = Experts(config.experts, config.top_k, model.hidden_size, config.intermediate_size)
         self.shared = (

@@ -30,7 +30,8 @@ class Attention(Protocol):
 
     rope_dim: width of the rotated part of queries and keys.
     cache_width: values kept per token for decoding. mha_cache_width: what plain multi-head attention with the same
-    heads would keep. pair_flops: FLOPs for one pair of query and key (score and mix, all heads).
+    heads would keep. pair_flops: FLOPs for one pair of query and key (score and mix, all heads); an attention that
+    decodes in another form says `pair_flops_decode` too. `heads`, where it has them: those of the queries.
     forward: training form. mask_BSS is True where a query (row) may see a key; None means plain causal.
     extend: writes the new tokens into the layer's cache and attends to everything cached so far.
     """

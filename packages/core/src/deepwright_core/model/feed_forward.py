@@ -5,6 +5,7 @@ Shapes: B sequences, S tokens, D hidden, I intermediate.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -16,8 +17,20 @@ from .config import ModelConfig
 from .record import ForwardRecord
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """What a mixture of experts says of itself: each token goes to `top_k` of `experts`, and to the `shared` ones."""
+
+    experts: int
+    top_k: int
+    shared: int
+
+
 class FeedForward(Protocol):
-    """What the model asks of a feed-forward variant. `record` collects losses and loads while training."""
+    """What the model asks of a feed-forward variant. `record` collects losses and loads while training.
+
+    One that is a mixture of experts has an attribute `mixture: Mixture`.
+    """
 
     def forward(self, x_BSD: Tensor, record: ForwardRecord | None) -> Tensor: ...
 

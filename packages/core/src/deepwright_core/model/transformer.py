@@ -8,7 +8,7 @@ Shapes: B sequences, S tokens, Q new tokens, D hidden, V vocabulary, N cache slo
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from .rope import Rotary
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)). `layer` is its place, under which it reports to the record."""
+
+    parts: ClassVar = {"attention": "attention", "ffn": "dense_ffn", "attention_norm": "norms", "ffn_norm": "norms"}
 
     def __init__(self, registry: Registry, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -82,6 +84,8 @@ def packed_mask(segments_BS: Tensor) -> Tensor:
 
 class Transformer(nn.Module):
     """A decoder-only language model."""
+
+    parts: ClassVar = {"embedding": "embedding", "head": "head", "norm": "norms"}
 
     def __init__(self, registry: Registry, config: ModelConfig) -> None:
         super().__init__()
