@@ -29,7 +29,8 @@ def finished(base: Path, registry: Registry, tmp_path: Path) -> Path:
 def finish(base: Path, registry: Registry, tmp_path: Path) -> Path:
     """What a stage leaves: model/ and adapter/."""
     start = load_start(base, registry)
-    lora = Lora(LoraConfig(rank=3, targets=["attention", "ffn.experts", "head"]), start.model, seed=1)
+    config = LoraConfig(rank=3, targets=["attention", "ffn.experts", "head"])
+    lora = Lora(config, start.model, seed=1, new_rows=start.new_rows)
     generator = torch.Generator().manual_seed(2)
     for tensor in lora.factors().values():
         tensor.data = torch.randn(tensor.shape, generator=generator) * 0.1

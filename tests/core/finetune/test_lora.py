@@ -17,6 +17,7 @@ from deepwright_core.errors import RequestError
 from deepwright_core.finetune.lora import Lora, LoraConfig
 from deepwright_core.model.precision import autocast
 from deepwright_core.model.transformer import Transformer
+from deepwright_core.model.vocabulary import grow_vocabulary
 from deepwright_core.registry import Registry
 from deepwright_core.stage import StageContext
 from deepwright_core.tracking import JsonlTracker, SilentProgress
@@ -192,6 +193,45 @@ def test_sampling_forms_each_sum_once_and_leaves_nothing_behind(build: Build, mo
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
     loss_of(model).backward()  # and the weights of the next step are sums of what was trained
     assert all(tensor.grad is not None for tensor in lora.factors().values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_new_tokens_train_beside_the_adapters(build: Build, registry: Registry, tied: bool) -> None:
+    """They begin as one and the same row: frozen, no model could tell <think> from </think>."""
+    model = build(tied_head=tied)
+    assert grow_vocabulary(model, 27) == 3
+    before = values(model)
+    tokens = torch.cat([rows(), torch.tensor([[24, 1, 25], [26, 25, 24], [2, 26, 26]])], 1)
+    first = language_model_loss(model, tokens).total.detach()
+    lora = Lora(CONFIG, model, seed=0, new_rows=3)
+    assert torch.equal(language_model_loss(model, tokens).total.detach(), first)
+    rows_of = [name for name in lora.factors() if name.endswith("rows_XK")]
+    assert rows_of == ["embedding.weight.rows_XK"] + ["head.weight.rows_XK"] * (not tied)
+    trainer = trainer_of(registry, model, "adamw", lora)
+    for step in range(5):
+        trainer.update(step, [lambda: language_model_loss(model, tokens)])
+    with torch.no_grad():
+        trained = model.logits(model(tokens))
+        with lora.sampling():
+            assert torch.equal(model.logits(model(tokens)), trained)
+        lora.merge()
+        assert torch.equal(model.logits(model(tokens)), trained)
+    assert values(model).keys() == before.keys() and (model.head.weight is model.embedding.weight) == tied
+    for name in ("embedding.weight", "head.weight"):
+        after = values(model)[name]
+        assert torch.equal(after[:24], before[name][:24])
+        assert torch.pdist(after[24:]).min() > 1e-3 > torch.pdist(before[name][24:]).max()
+
+
+def test_new_rows_of_a_head_that_is_adapted_too(build: Build) -> None:
+    model = build()
+    grow_vocabulary(model, 26)
+    lora = Lora(LoraConfig(rank=2, alpha=2.0, targets=["head"]), model, seed=0, new_rows=2)
+    stirred(lora)
+    factors, given = lora.factors(), lora.originals()["head.weight"]
+    kept = torch.cat([given[:24], factors["head.weight.rows_XK"]])
+    want = kept + factors["head.weight.b_NR"] @ factors["head.weight.a_RK"]
+    torch.testing.assert_close(model.head.weight, want)
 
 
 def test_the_seed_decides_the_factors(build: Build) -> None:

@@ -56,7 +56,7 @@ KINDS: dict[str, Kind] = {
             "model/ffn/router",
             "expert choice of a mixture: (config, hidden_size, experts, top_k) -> nn.Module",
         ),
-        Kind("finetune", "finetune", "what trains of a model that exists: (config, model, seed) -> FineTuning"),
+        Kind("finetune", "finetune", "what of a model trains: (config, model, seed, new_rows) -> FineTuning"),
         Kind("optimizer", "optimizer", "parameter update: (config, model) -> torch.optim.Optimizer"),
         Kind("schedule", "schedule", "learning rate over a run: (config, total_steps) -> (step -> factor)"),
         Kind("source", "data", "where text comes from: (config) -> iterator of documents"),

@@ -152,7 +152,7 @@ def run(config: DistillConfig, sections: Mapping[str, Any], context: StageContex
             return load_start(context.inputs[STUDENT_START], registry)
         tokenizer = teacher.tokenizer
         random = config.student.model_copy(update={"vocab_size": tokenizer.vocab_size})
-        return Start(build_model(registry, random, seed=seed), tokenizer, ())
+        return Start(build_model(registry, random, seed=seed), tokenizer)
 
     records = verified_samples(config, teacher, training[: config.problems], seed, context)
     results: dict[str, dict[str, float]] = {}

@@ -138,7 +138,7 @@ def run(config: RLConfig, sections: Mapping[str, Any], context: StageContext) ->
     start = load_start(context.inputs["sft_model"], registry, device)
     model, tokenizer = start.model, start.tokenizer
     cost = count(model)
-    tuning: FineTuning = registry.build("finetune", sections["finetune"], model, seed)
+    tuning: FineTuning = registry.build("finetune", sections["finetune"], model, seed, start.new_rows)
     algorithm: Algorithm = registry.build("algorithm", config.algorithm)
     needs_reference = algorithm.needs_reference
     reference = load_start(context.inputs["sft_model"], registry, device).model if needs_reference else None

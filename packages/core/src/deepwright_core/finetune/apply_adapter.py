@@ -24,7 +24,7 @@ def apply_adapter(base: Path, adapter: Path, destination: Path, registry: Regist
     problems = config.problems(lambda: start.model, str(adapter))
     if problems:
         raise RequestError(problems)
-    lora = Lora(config, start.model, seed=0)
+    lora = Lora(config, start.model, seed=0, new_rows=start.new_rows)
     wanted = {name: tuple(tensor.shape) for name, tensor in lora.factors().items()}
     problems = differences(wanted, {name: tuple(t.shape) for name, t in factors.items()}, str(adapter))
     if not problems and adapter_files.digest_of(lora.originals()) != digest:

@@ -31,6 +31,6 @@ class Full:
         return {}
 
 
-def build(config: FullConfig, model: nn.Module, seed: int) -> Full:
+def build(config: FullConfig, model: nn.Module, seed: int, new_rows: int) -> Full:
     """Every weight trains."""
     return Full()

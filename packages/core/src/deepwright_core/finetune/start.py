@@ -23,11 +23,15 @@ from ..tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Start:
-    """A model with a tokenizer that knows the chat form. notes: what had to be added, in sentences."""
+    """A model with a tokenizer that knows the chat form.
+
+    new_rows: how many of the last rows of its vocabulary were added. notes: what had to be added, in sentences.
+    """
 
     model: Transformer
     tokenizer: Tokenizer
-    notes: tuple[str, ...]
+    new_rows: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def load_start(
@@ -53,7 +57,7 @@ def load_start(
     if new:
         rows = model.config.vocab_size
         notes.append(f"The vocabulary grew by {new} to {rows}: the new rows are the mean of the others.")
-    return Start(model, tokenizer, tuple(notes))
+    return Start(model, tokenizer, new, tuple(notes))
 
 
 def read_start(directory: Path, registry: Registry) -> ModelConfig:

@@ -29,6 +29,14 @@ def chosen(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Parameter]:
     return {name: p for name, p in matrices(model).items() if any(contains(name, target) for target in targets)}
 
 
+def places(model: nn.Module) -> dict[int, list[str]]:
+    """Every path of each parameter (by its `id`): those of a tied head are two."""
+    paths: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(name)
+    return paths
+
+
 def problems(model: nn.Module, targets: Sequence[str], where: str) -> list[str]:
     """A sentence for each target that matches nothing, or matrices that two modules share."""
     found = []
@@ -36,9 +44,7 @@ def problems(model: nn.Module, targets: Sequence[str], where: str) -> list[str]:
         if not any(contains(name, target) for name in matrices(model)):
             known = ", ".join(names(model))
             found.append(f"{where} holds '{target}', and no matrix of the model is called so. It has: {known}.")
-    paths: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        paths.setdefault(id(parameter), []).append(name)
+    paths = places(model)
     for parameter in chosen(model, targets).values():
         shared = paths[id(parameter)]
         if len(shared) > 1:

@@ -135,7 +135,9 @@ def run(config: SFTConfig, sections: Mapping[str, Any], context: StageContext) -
     model, tokenizer = start.model, start.tokenizer
     problems = context.inputs["problems"]
     cost = count(model)
-    tuning: FineTuning = context.registry.build("finetune", sections["finetune"], model, sections["seed"])
+    tuning: FineTuning = context.registry.build(
+        "finetune", sections["finetune"], model, sections["seed"], start.new_rows
+    )
     chosen = load_problems(problems / "train.jsonl")[: config.examples or None]
     examples = solutions(tokenizer, chosen, config.worked_share, sections["seed"])
     with Verifier() as verifier:
