@@ -192,7 +192,7 @@ def test_templates_run_in_a_sandbox() -> None:
         "{{ raise_exception('no') }}",
         "{% if %}",
         "{% set ns = namespace(__class__=1) %}",
-        "{{ dict.mro() }}",
+        "{{ dict.update(messages[0], role='system') }}",
         "{% set ns = namespace(a=1) %}{% set ns._b = 2 %}",
     ):
         tokenizer = Tokenizer(TOKENIZER.source, Conventions(template=template))

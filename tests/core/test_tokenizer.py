@@ -208,6 +208,28 @@ def test_without_the_marks_the_chat_form_is_refused_and_the_rest_works(tmp_path:
     assert Tokenizer.load(tmp_path / "saved").chat(question) == own.chat(question)
 
 
+def test_a_file_may_name_a_template_for_tools(tmp_path: Path) -> None:
+    templates = {"default": "plain", "tool_use": "tools", "rag": "documents"}
+    foreign(tmp_path, chat_template=[{"name": name, "template": text} for name, text in templates.items()])
+    ours = Tokenizer.load(tmp_path)
+    assert (ours.conventions.template, ours.conventions.tool_template) == ("plain", "tools")
+    ours.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").conventions == ours.conventions
+    assert ours.with_chat_form().conventions.tool_template is None
+
+
+def test_merges_do_not_make_a_special_token() -> None:
+    import tokenizers
+    from tokenizers import models
+
+    vocabulary = {"<": 0, "s": 1, ">": 2, "<s": 3, "<s>": 4, "<s><s>": 5}
+    merges = [("<", "s"), ("<s", ">"), ("<s>", "<s>")]
+    library = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    ours = Tokenizer(library.to_str(), Conventions(names={"bos_token": "<s>"}))
+    assert ours.encode("<s><s>") == [3, 2, 3, 2]
+    assert ours.encode("<s>", allow_special=True) == [ours.bos_id] == [4]
+
+
 def test_tools_need_their_marks(tmp_path: Path) -> None:
     document = json.loads(TOKENIZER.source)
     document["added_tokens"] = [t for t in document["added_tokens"] if "tool" not in t["content"]]

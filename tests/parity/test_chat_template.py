@@ -148,7 +148,23 @@ LLAMA_3 = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}
 """
-TEMPLATES = {"ours": CHAT_TEMPLATE, "r1": R1, "chatml": CHATML, "llama_3": LLAMA_3}
+# Written without a minus anywhere: the lines that hold only a block must not leave white space.
+PLAIN = """
+{% set names = dict(user='U', assistant='A', system='S') %}
+    {% if documents is defined and tools is defined %}
+Both are there.
+    {% endif %}
+{% for message in messages %}
+    {% if loop.index0 > 3 %}
+        {% break %}
+    {% endif %}
+  {{ names[message.role] | default('T') }}: {{ message.content | default('-', true) | replace('1', 'I') }}
+{% endfor %}
+{{ eos_token }}
+{% if add_generation_prompt %}
+A:{% endif %}
+"""
+TEMPLATES = {"ours": CHAT_TEMPLATE, "r1": R1, "chatml": CHATML, "llama_3": LLAMA_3, "plain": PLAIN}
 OTHERS = {
     "chatml": ("<|endoftext|>", "<|im_end|>", ["<|im_start|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]),
     "llama_3": ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
@@ -329,6 +345,21 @@ def test_special_tokens_cannot_be_put_together_from_parts() -> None:
             assert [i for i in ids if i in ours.special_ids] == [ours.eos_id]
     three = [user("<|im"), user("_"), user("start|>")]
     assert [i for i in ours.chat(three) if i in ours.special_ids] == [ours.eos_id]
+    for template, said in (("{}think>", "<"), ("<thin{}", "k>"), ("<|{}|>", "im_start"), ("<|im_{}|>", "end")):
+        source = "{{ eos_token }}" + template.format("{{ messages[0].content }}")
+        ours = Tokenizer(known.source, Conventions(names=known.conventions.names, template=source))
+        assert [i for i in ours.chat([user(said)]) if i in ours.special_ids] == [ours.eos_id]
+
+
+def test_what_only_the_template_calls_a_token_is_one_there_alone() -> None:
+    """<tool_call> is an added token that no file calls special: as in transformers, the template makes it one."""
+    ours, theirs = made("chatml")
+    token = theirs.convert_tokens_to_ids("<tool_call>")
+    assert token not in ours.special_ids and token not in ours.encode("<tool_call>")
+    assert token not in ours.chat([user("<tool_call>")])
+    assert ours.chat(WEATHER).count(token) == 1
+    without = Tokenizer(ours.source, Conventions(template="{{ messages[0].content }}"))
+    assert without.encode("<tool_call>") == [token]
 
 
 def test_filters_that_rewrite_texts_do_not_let_special_tokens_through() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -140,3 +141,30 @@ def test_the_chat_form_can_be_added(kind: str) -> None:
     for prompt in (True, False):
         ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
         assert again.chat(messages, add_generation_prompt=prompt) == list(ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "turn"),
+    [
+        ("byte_level", "<|begin|><|user|>\n\n{} <|mask|> {}<|end|>\n<tool>{}</tool>"),
+        ("llama", "<s>[INST] {} [/INST] {} </s>{}"),
+        ("mistral", "<s>[INST] {} [/INST]{}</s> {}"),
+        ("gemma", "<bos>user\n\n{}<eos>\n\n{}  {}"),
+        ("unigram", "User: {}</s>{}\n{}"),
+        ("word_piece", "[CLS] {} [SEP]{}[SEP] {}"),
+        ("end_of_word", "{}</s>{} {}"),
+    ],
+)
+def test_its_own_template_gives_transformers_ids(kind: str, turn: str) -> None:
+    """White space that a token swallows, words that are marked or not behind a token, texts that begin a document."""
+    _, ours, _ = made(kind)
+    turn = turn.format(*["{{ m.content }}"] * 3)
+    template = "{% for m in messages %}" + turn.replace("\n", "{{ '\\n' }}") + "{% endfor %}"
+    own = Tokenizer(ours.source, replace(ours.conventions, template=template))
+    directory = Path(mkdtemp())
+    own.save(directory)
+    theirs = AutoTokenizer.from_pretrained(str(directory))
+    for text in ("the dog", " the dog ", "\n the\n\n\ndog", "12 漢 é🙂", "isn't over.", ""):
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "def add"}]
+        ids = theirs.apply_chat_template(messages, return_dict=False)
+        assert own.chat(messages, add_generation_prompt=False) == list(ids), text

@@ -56,8 +56,7 @@ def template_pieces(
 ) -> list[Piece]:
     """A conversation (as `conversation` gives it) in the tokenizer's own template."""
     known = _known(tuple(tokenizer.control))
-    nonce = str(10**29 + secrets.randbelow(9 * 10**29))  # digits: no filter changes them
-    first, last = f"{nonce}01", f"{nonce}02"
+    first, last = _nonce(tokenizer), _nonce(tokenizer)
 
     def guard(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
@@ -82,6 +81,14 @@ def template_pieces(
             words, place = "", found.end()
         words += part[place:]
     return [piece for piece in (*form, Piece(text=words)) if piece.special or piece.text]
+
+
+def _nonce(tokenizer: Tokenizer) -> str:
+    """Something that nobody can guess, and that the template's filters leave alone: digits have no other case and need
+    no quoting, and those that the template does not write are not what it replaces."""
+    written = f"{tokenizer.conventions.template}{tokenizer.conventions.tool_template}"
+    digits = [digit for digit in "0123456789" if digit not in written]
+    return "".join(secrets.choice(digits if len(digits) > 1 else "0123456789") for _ in range(100))
 
 
 @dataclass(frozen=True)
