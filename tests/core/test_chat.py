@@ -70,6 +70,23 @@ def test_structure_and_template_agree_on_harmless_text(
     assert theirs.chat(messages, tools=tools, thinking=thinking, add_generation_prompt=prompt) == ids
 
 
+NASTY = st.lists(st.sampled_from([*SPECIAL_TOKENS, "<", ">", "think", "<｜", "User", "｜>", "/", "a", " ", "1"])).map(
+    "".join
+)
+NASTY_TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": NASTY})
+NASTY_TOOL = st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": NASTY, "description": NASTY})})
+
+
+@given(st.lists(NASTY_TURN, min_size=1, max_size=4), st.none() | st.lists(NASTY_TOOL, max_size=1), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_structure_and_template_agree_on_any_text_whatever_it_looks_like(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool
+) -> None:
+    theirs = Tokenizer(TOKENIZER.source, Conventions(template=chat.CHAT_TEMPLATE + "{# another #}"))
+    asked: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt}
+    assert theirs.chat(messages, **asked) == TOKENIZER.chat(messages, **asked)
+
+
 def form(ids: list[int]) -> str:
     return TOKENIZER.decode(ids, skip_special=False)
 

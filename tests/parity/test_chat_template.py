@@ -223,6 +223,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "tools": TOOLS,
     },
     "a lone bracket": {"messages": [user("a < b"), assistant("<"), user("> quoted |")]},
+    "brackets on both sides": {"messages": [user("> a"), assistant("b <"), user("<"), assistant("th")]},
     "letters of every kind": {"messages": [user("'\"\\ {{ messages }} {% if %} 漢字 🙂\t\x07"), assistant("é")]},
 }
 # What these say holds a special token of some template, as text.

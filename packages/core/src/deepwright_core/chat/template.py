@@ -16,7 +16,7 @@ import secrets
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -56,25 +56,26 @@ def template_pieces(
 ) -> list[Piece]:
     """A conversation (as `conversation` gives it) in the tokenizer's own template."""
     known = _known(tuple(tokenizer.control))
-    first, last = _nonce(tokenizer), _nonce(tokenizer)
+    marks = _Marks(*(_nonce(tokenizer) for _ in range(3)))
 
     def guard(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
-            return {known.guard(key, first, last, False): guard(inner, key) for key, inner in value.items()}
+            return {known.guard(key, marks, inside=False): guard(inner, key) for key, inner in value.items()}
         if isinstance(value, list):
             return [guard(inner) for inner in value]
         # Templates look things up by their names, and compare types.
-        return known.guard(value, first, last, name != "type") if isinstance(value, str) else value
+        return known.guard(value, marks, inside=name != "type") if isinstance(value, str) else value
 
     guarded = [{k: v if k == "role" else guard(v, k) for k, v in message.items()} for message in messages]
     text = _render(tokenizer, guarded, guard(tools), thinking, add_generation_prompt)
-    parts = re.split(f"({first}|{last})", text)  # text, mark, text, mark, …, text
+    parts = re.split(f"({'|'.join(marks)})", text)  # text, mark, text, mark, …, text
     form: list[Piece] = []
     words = ""
     for number in range(0, len(parts), 2):
         part = parts[number]
-        if parts[max(number - 1, 0) : number] == [first] and parts[number + 1 : number + 2] == [last]:
-            words, part = words + part, ""
+        around = (*parts[max(number - 1, 0) : number], *parts[number + 1 : number + 2])
+        if around == (marks.before, marks.behind) and known.pattern.fullmatch(part):
+            words, part = words + part, ""  # a message said it
         place = 0
         for found in known.pattern.finditer(part):
             form += [Piece(text=words + part[place : found.start()]), Piece(found[0])]
@@ -91,6 +92,14 @@ def _nonce(tokenizer: Tokenizer) -> str:
     return "".join(secrets.choice(digits if len(digits) > 1 else "0123456789") for _ in range(100))
 
 
+class _Marks(NamedTuple):
+    """What stands before and behind a control token that a message says, and what keeps a part of one apart."""
+
+    before: str
+    behind: str
+    apart: str
+
+
 @dataclass(frozen=True)
 class _Known:
     """Control tokens, and the parts of them that a text could bring to complete one with what stands beside it."""
@@ -100,18 +109,18 @@ class _Known:
     beginnings: frozenset[str]
     endings: frozenset[str]
 
-    def guard(self, text: str, first: str, last: str, inside: bool) -> str:
-        """`first` and `last` around each control token, and one of them where the text has such a part at its end or
-        beginning, or (inside) is such a part."""
+    def guard(self, text: str, marks: _Marks, *, inside: bool) -> str:
+        """A text with marks around each control token, and where it has such a part at its beginning or end, or
+        (inside) is one altogether."""
         if not text:
             return text
-        guarded = self.pattern.sub(lambda found: f"{first}{found[0]}{last}", text)
+        guarded = self.pattern.sub(lambda found: f"{marks.before}{found[0]}{marks.behind}", text)
         lengths = range(1, min(len(self.tokens[0]) if self.tokens else 0, len(text) + 1))
         within = inside and len(text) in lengths and any(text in token for token in self.tokens)
         if within or any(text[:n] in self.endings for n in lengths):
-            guarded = first + guarded
+            guarded = marks.apart + guarded
         if any(text[-n:] in self.beginnings for n in lengths):
-            guarded += last
+            guarded += marks.apart
         return guarded
 
 
