@@ -115,6 +115,14 @@ def test_out_and_in_again(ours: Path, published: Path, tmp_path: Path, capsys: p
     assert torch.equal(first.logits(first(tokens)), second.logits(second(tokens)))
 
 
+def test_what_generation_needs_is_filled_in(ours: Path, tmp_path: Path) -> None:
+    shutil.copytree(ours, tmp_path / "ours")
+    (tmp_path / "ours" / "generation_config.json").write_text('{"eos_token_id": [7, 9], "temperature": 0.6}')
+    assert cli.call(["convert", "export", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
+    written = json.loads((tmp_path / "theirs" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 0, "eos_token_id": [7, 9], "pad_token_id": 2, "temperature": 0.6}
+
+
 def test_bfloat16_is_exact_and_the_bias_stays_float32(ours: Path, tmp_path: Path) -> None:
     for command in (
         ["export", str(ours), "bf16", "--dtype", "bf16"],

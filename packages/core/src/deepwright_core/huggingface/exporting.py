@@ -31,7 +31,7 @@ from .format import Format, format_for
 from .importing import DTYPES, MOST_BYTES
 from .memory import shapes_of
 from .piece import Piece, rows_at_once
-from .published import CONFIG_FILE, SCALE, TOKENIZER_FILES
+from .published import CONFIG_FILE, SCALE, TOKENIZER_FILES, read_json
 from .streaming_files import Planned, StreamingFiles
 
 BLOCK = (128, 128)
@@ -208,5 +208,6 @@ def _small_files(
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         ids = {name: value for name, value in ids.items() if value is not None}
         document |= ids
-        small.setdefault(GENERATION_FILE, (json.dumps(ids, indent=2) + "\n").encode())
+        given = read_json(source / GENERATION_FILE) if GENERATION_FILE in small else {}
+        small[GENERATION_FILE] = (json.dumps(ids | given, indent=2) + "\n").encode()
     return document, small
