@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,28 @@ import click
 from .cli_plugins import block_option, load_plugins
 
 if TYPE_CHECKING:
-    from deepwright_core.huggingface import Exported, Imported
+    from deepwright_core.huggingface import Converted
 
-SHARD_HELP = "Largest size of one file of weights, in GB."
+Command = Callable[..., Any]
+
+
+def both_ways(command: Command) -> Command:
+    """The options that import and export share, in the order of --help."""
+    for option in (
+        block_option,
+        click.option("--json", "as_json", is_flag=True, help="The summary as JSON, on standard output."),
+        click.option("--dry-run", is_flag=True, help="Check everything and write nothing."),
+        click.option(
+            "--shard-gb",
+            type=click.FloatRange(min=0.0001),
+            default=5.0,
+            show_default=True,
+            help="Largest size of one file of weights, in GB.",
+        ),
+        click.option("--without-mtp", is_flag=True, help="Leave the modules of multi-token prediction out."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(short_help="Models in from other programs, and out to them.")
@@ -54,11 +73,7 @@ nothing is written.""",
     show_default=True,
     help="Of the written weights; keep: as they are stored, FP8 as bf16.",
 )
-@click.option("--without-mtp", is_flag=True, help="Leave the modules of multi-token prediction out.")
-@click.option("--shard-gb", type=click.FloatRange(min=0.0001), default=5.0, show_default=True, help=SHARD_HELP)
-@click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="The summary as JSON, on standard output.")
-@block_option
+@both_ways
 def import_command(
     source: Path,
     destination: Path,
@@ -128,11 +143,7 @@ tokenizer, the chat template and the fields that transformers, vLLM, SGLang and 
     show_default=True,
     help="Of FP8 scales; ue8m0 rounds them up to powers of two.",
 )
-@click.option("--without-mtp", is_flag=True, help="Leave the modules of multi-token prediction out.")
-@click.option("--shard-gb", type=click.FloatRange(min=0.0001), default=5.0, show_default=True, help=SHARD_HELP)
-@click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="The summary as JSON, on standard output.")
-@block_option
+@both_ways
 def export_command(
     source: str,
     destination: Path,
@@ -177,7 +188,7 @@ def export_command(
 
 
 def _report(
-    done: Imported | Exported,
+    done: Converted,
     facts: Mapping[str, str],
     source: Path,
     destination: Path,

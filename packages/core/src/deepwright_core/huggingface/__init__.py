@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ..registry import Registry
 from . import deepseek, llama
-from .exporting import Exported, export_directory
-from .importing import Imported, import_directory
+from .conversion import Converted
+from .exporting import export_directory
+from .importing import import_directory
 from .memory import from_published, to_published
 
 __all__ = [
-    "Exported",
-    "Imported",
+    "Converted",
     "export_directory",
     "from_published",
     "import_directory",

@@ -11,12 +11,15 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, WorkError
+from ..model.config import ModelConfig
+from ..model.tensor_files import NAME_OF
 from ..stage import write_atomically
 from ..tracking import Progress
 from .streaming_files import Planned, StreamingFiles
@@ -41,7 +44,6 @@ class Plan:
     steps: Sequence[Step]
     files: Mapping[str, bytes]
     made_from: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -51,6 +53,28 @@ class Plan:
     def digest(self) -> str:
         text = json.dumps([dict(self.made_from), [[t.name, str(t.dtype), list(t.shape)] for t in self.tensors]])
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did, or would do in a dry run.
+
+    format: of the published side. config: of our model. dtypes counts the written tensors by dtype; `notes` are
+    sentences for the user.
+    """
+
+    format: str
+    config: ModelConfig
+    tensors_read: int
+    tensors_written: int
+    bytes: int
+    dtypes: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def by(cls, plan: Plan, format: str, config: ModelConfig, tensors_read: int, notes: Sequence[str]) -> Converted:
+        dtypes = dict(Counter(NAME_OF[tensor.dtype] for tensor in plan.tensors))
+        return cls(format, config, tensors_read, len(plan.tensors), plan.bytes, dtypes, tuple(notes))
 
 
 def fingerprint(paths: Sequence[Path]) -> list[list[Any]]:

@@ -6,6 +6,7 @@ bias. Both keep rotary values in interleaved pairs, as we do, so no row changes 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,21 +50,24 @@ MTP = {
 LATENT_NORM_EPS = 1e-6  # the published modelling code's, whatever rms_norm_eps says
 
 
-class DeepSeek:
-    """What the two formats have in common."""
+class DeepSeek(ABC):
+    """What the two formats have in common: all but the router."""
 
     name: str
     model_types: tuple[str, ...]
     architecture: str
 
+    @abstractmethod
     def read_router(self, fields: Fields) -> dict[str, Any]:
-        raise NotImplementedError
+        """Our `router` section."""
 
+    @abstractmethod
     def write_router(self, router: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """The router's fields of a published config."""
 
+    @abstractmethod
     def router_refusals(self, router: Any) -> list[str]:
-        raise NotImplementedError
+        """Why a router cannot be written in this format, a sentence each."""
 
     # Configs --------------------------------------------------------------------------------------
 
@@ -184,9 +188,10 @@ def _vocabulary(shapes: Mapping[str, Shape]) -> Shape:
 
 
 def _head(theirs: str, config: ModelConfig, shapes: Mapping[str, Shape]) -> Piece:
-    """The output head; a tied one repeats the embedding."""
+    """The output head; a tied one repeats the embedding, and is written: vLLM does not tie the two in this
+    architecture, and would answer with whatever its memory held."""
     ours = "embedding.weight" if config.tied_head else "head.weight"
-    return Piece(theirs, ours, _vocabulary(shapes), copy=config.tied_head, written=not config.tied_head)
+    return Piece(theirs, ours, _vocabulary(shapes), copy=config.tied_head)
 
 
 def _block(ours: str, theirs: str, shapes: Mapping[str, Shape]) -> Iterator[Piece]:

@@ -8,8 +8,6 @@ DeepSeek publishes them; embedding, head, norms, routers and MTP projections sta
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from ..model.tensor_files import NAME_OF, TensorFiles, differences
 from ..registry import Registry
 from ..tokenizer import Tokenizer
 from ..tracking import Progress, SilentProgress
-from .conversion import Plan, Step, fingerprint, refuse_existing, run
+from .conversion import Converted, Plan, Step, fingerprint, refuse_existing, run
 from .format import Format, format_for
 from .importing import DTYPES, MOST_BYTES
 from .memory import shapes_of
@@ -41,18 +39,6 @@ GENERATION_FILE = "generation_config.json"
 TORCH_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What an export did or would do. `dtypes` counts the written tensors by dtype; `notes` are sentences."""
-
-    format: str
-    config: ModelConfig
-    tensors_written: int
-    bytes: int
-    dtypes: Mapping[str, int]
-    notes: tuple[str, ...]
-
-
 def export_directory(
     source: Path,
     destination: Path,
@@ -64,7 +50,7 @@ def export_directory(
     dry_run: bool = False,
     progress: Progress | None = None,
     most_bytes: int = MOST_BYTES,
-) -> Exported:
+) -> Converted:
     """Export a model directory.
 
     dtype: keep (as stored), bf16, fp16, fp32 or fp8. scale_format: of FP8 scales; ue8m0 rounds them up to powers of
@@ -97,14 +83,11 @@ def export_directory(
     plan = _plan(source, files, format, config, pieces, dtype, scale_format, registry)
     if "tokenizer.json" not in plan.files:
         notes.append("There is no tokenizer.json: the exported directory has weights and config alone.")
-    counts: dict[str, int] = {}
-    for tensor in plan.tensors:
-        counts[NAME_OF[tensor.dtype]] = counts.get(NAME_OF[tensor.dtype], 0) + 1
-    exported = Exported(format.name, config, len(plan.tensors), plan.bytes, counts, tuple(notes))
+    converted = Converted.by(plan, format.name, config, len(files.tensors), notes)
     if not dry_run:
         run(plan, destination, progress or SilentProgress(), most_bytes)
         files.close()
-    return exported
+    return converted
 
 
 def _plan(

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +19,7 @@ from ..model.tensor_files import NAME_OF
 from ..registry import Registry
 from ..tokenizer import Tokenizer
 from ..tracking import Progress, SilentProgress
-from .conversion import Plan, Step, fingerprint, refuse_existing, run
+from .conversion import Converted, Plan, Step, fingerprint, refuse_existing, run
 from .format import Format
 from .memory import read_config_document, shapes_of
 from .piece import Piece, Shape, rows_at_once
@@ -31,19 +29,6 @@ from .streaming_files import Planned, StreamingFiles
 MOST_BYTES = 5 * 10**9
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LISTED = 40
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What an import did or would do. `dtypes` counts the written tensors by dtype; `notes` are sentences."""
-
-    format: str
-    config: ModelConfig
-    tensors_read: int
-    tensors_written: int
-    bytes: int
-    dtypes: Mapping[str, int]
-    notes: tuple[str, ...]
 
 
 def import_directory(
@@ -56,7 +41,7 @@ def import_directory(
     dry_run: bool = False,
     progress: Progress | None = None,
     most_bytes: int = MOST_BYTES,
-) -> Imported:
+) -> Converted:
     """Import a published directory.
 
     dtype: keep (as stored; FP8 becomes bf16), bf16, fp16 or fp32. without_mtp: leave multi-token prediction out.
@@ -88,17 +73,12 @@ def import_directory(
         notes.append(f"Multi-token prediction is left out; the source has {count or 'none'} of its tensors.")
     notes += ["config.json names code of its own (auto_map); it was not run."] * ("auto_map" in published.config)
     files, said = _small_files(source, config)
-    plan = plan_import(published, config, pieces, shapes, theirs, dtype, files)
-    counts: dict[str, int] = {}
-    for tensor in plan.tensors:
-        counts[NAME_OF[tensor.dtype]] = counts.get(NAME_OF[tensor.dtype], 0) + 1
-    imported = Imported(
-        format.name, config, len(published.files.tensors), len(plan.tensors), plan.bytes, counts, (*notes, *said)
-    )
+    plan = _plan(published, config, pieces, shapes, theirs, dtype, files)
+    converted = Converted.by(plan, format.name, config, len(published.files.tensors), [*notes, *said])
     if not dry_run:
         run(plan, destination, progress or SilentProgress(), most_bytes)
         published.files.close()
-    return imported
+    return converted
 
 
 def unmatched(pieces: list[Piece], theirs: Mapping[str, Shape], source: Path) -> list[str]:
@@ -132,7 +112,7 @@ def _lost_mtp(format: Format, config: ModelConfig, theirs: Mapping[str, Shape]) 
     return () if any(name.startswith(prefixes) for name in theirs) else prefixes
 
 
-def plan_import(
+def _plan(
     published: Published,
     config: ModelConfig,
     pieces: list[Piece],
@@ -152,7 +132,7 @@ def plan_import(
             kinds[piece.ours] = torch.promote_types(kinds.get(piece.ours, kind), kind)
     tensors = [Planned(name, kinds[name], shape) for name, shape in shapes.items()]
     # Copies come last: what they repeat is then known to be readable.
-    used.sort(key=lambda piece: (piece.copy, published.stored(piece.theirs).file, piece.theirs))
+    used.sort(key=lambda piece: (piece.copy, published.tensors[piece.theirs].file, piece.theirs))
     originals = {piece.ours: piece for piece in pieces if not piece.copy}
     steps = [
         Step(0, partial(_compare, published, piece, originals[piece.ours]))
@@ -215,15 +195,3 @@ def _small_files(source: Path, config: ModelConfig) -> tuple[dict[str, bytes], l
             f"expected at most vocab_size of config.json, which is {config.vocab_size}."
         )
     return files, []
-
-
-def summary(imported: Imported) -> dict[str, Any]:
-    """An import as plain data."""
-    return {
-        "format": imported.format,
-        "tensors_read": imported.tensors_read,
-        "tensors_written": imported.tensors_written,
-        "bytes": imported.bytes,
-        "dtypes": dict(imported.dtypes),
-        "notes": list(imported.notes),
-    }

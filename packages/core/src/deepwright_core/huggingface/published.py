@@ -16,7 +16,7 @@ from torch import Tensor
 from deepwright_kernels import dequantise_fp8_blocks
 
 from ..errors import RequestError
-from ..model.tensor_files import DTYPES, StoredTensor, TensorFiles
+from ..model.tensor_files import DTYPES, TensorFiles
 
 CONFIG_FILE = "config.json"
 SCALE = "_scale_inv"  # of "X.weight": "X.weight_scale_inv"
@@ -122,7 +122,3 @@ class Published:
         rows = self.block[0]
         scales = self.files.read(self.scales[name], (slice(start // rows, -(-stop // rows)),))
         return dequantise_fp8_blocks(values, scales.float(), self.block, dtype)
-
-    def stored(self, name: str) -> StoredTensor:
-        """Where a tensor lies."""
-        return self.tensors[name]
