@@ -275,6 +275,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a missing size": (edit(CONFIG_FILE, lambda x: x.pop("kv_lora_rank")), "kv_lora_rank is missing"),
     "a size of the wrong type": (edit(CONFIG_FILE, lambda x: x.update(hidden_size="48")), "hidden_size is '48'"),
     "a negative size": (edit(CONFIG_FILE, lambda x: x.update(num_hidden_layers=-1)), "num_hidden_layers is -1"),
+    "a billion layers": (
+        edit(CONFIG_FILE, lambda x: x.update(num_hidden_layers=10**9)),
+        "num_hidden_layers is 1,000,000,000, but the files hold",
+    ),
+    "a billion experts": (edit(CONFIG_FILE, lambda x: x.update(n_routed_experts=10**9)), "from 1 to 8,192"),
     "biases in attention": (
         edit(CONFIG_FILE, lambda x: x.update(attention_bias=True)),
         "attention_bias is True, which",

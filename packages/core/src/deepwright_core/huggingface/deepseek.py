@@ -47,6 +47,7 @@ MTP = {
     "projection.weight": "eh_proj.weight",
     "norm.weight": "shared_head.norm.weight",
 }
+MOST_EXPERTS = 8192  # of a layer: each is three tensors to look for
 LATENT_NORM_EPS = 1e-6  # the published modelling code's, whatever rms_norm_eps says
 
 
@@ -103,7 +104,7 @@ class DeepSeek(ABC):
             },
             "ffn": {
                 "name": "moe",
-                "experts": fields.size("n_routed_experts"),
+                "experts": fields.size("n_routed_experts", most=MOST_EXPERTS),
                 "top_k": fields.size("num_experts_per_tok"),
                 "shared_experts": fields.size("n_shared_experts", 0, least=0),
                 "intermediate_size": fields.size("moe_intermediate_size"),

@@ -67,13 +67,15 @@ class Fields:
             return default
         return value
 
-    def size(self, name: str, default: Any = REQUIRED, least: int = 1) -> int:
-        """A whole number that is at least `least`."""
+    def size(self, name: str, default: Any = REQUIRED, least: int = 1, most: int = 2**40) -> int:
+        """A whole number from `least` to `most`."""
         value = self.value(name, default)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
         if value is not None:
-            self.problems.append(f"{self.where}: {name} is {value!r}; expected a whole number from {least} up.")
+            self.problems.append(
+                f"{self.where}: {name} is {value!r}; expected a whole number from {least} to {most:,}."
+            )
         return least
 
     def number(self, name: str, default: Any = REQUIRED) -> float:

@@ -52,6 +52,11 @@ def import_directory(
         refuse_existing(destination)
     published = Published(source)
     format, config, ignored = read_config_document(published.config, registry, str(source / CONFIG_FILE))
+    if config.layers > len(published.tensors):  # before anything is built for so many
+        raise RequestError(
+            f"{source / CONFIG_FILE}: num_hidden_layers is {config.layers:,}, "
+            f"but the files hold {len(published.tensors):,} tensors in all."
+        )
     dropped = format.mtp_prefixes(config.layers, config.mtp.depth) if without_mtp else ()
     if without_mtp:
         config = config.model_copy(update={"mtp": MtpConfig()})
