@@ -160,6 +160,15 @@ class DeepSeek(ABC):
             **write_rope(config.rope),
         }
 
+    def caveats(self, config: ModelConfig, registry: Registry, tokenizer: Mapping[str, Any]) -> list[str]:
+        if registry.parse("ffn", config.ffn).shared_experts:
+            return []
+        # vLLM and llama.cpp stop where they multiply by matrices of width 0; SGLang has no place for them.
+        return [
+            "model.ffn.shared_experts is 0: transformers loads that; "
+            "vLLM, SGLang and llama.cpp want at least one shared expert in this architecture."
+        ]
+
     # Tensors --------------------------------------------------------------------------------------
 
     def pieces(self, config: ModelConfig, shapes: Mapping[str, Shape]) -> list[Piece]:

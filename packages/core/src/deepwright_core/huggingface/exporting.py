@@ -83,6 +83,7 @@ def export_directory(
     plan = _plan(source, files, format, config, pieces, dtype, scale_format, registry)
     if "tokenizer.json" not in plan.files:
         notes.append("There is no tokenizer.json: the exported directory has weights and config alone.")
+    notes += format.caveats(config, registry, json.loads(plan.files.get("tokenizer.json", b"{}")))
     converted = Converted.by(plan, format.name, config, len(files.tensors), notes)
     if not dry_run:
         run(plan, destination, progress or SilentProgress(), most_bytes)

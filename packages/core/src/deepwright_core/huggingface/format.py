@@ -30,6 +30,8 @@ class Format(Protocol):
     refusals: why a model cannot be written in this format, a sentence each.
     write: our config to the fields of a config.json, less what every format has.
     pieces: which of their tensors is which of ours, for a model whose tensors have these shapes.
+    caveats: what some readers of the format do not do with a model that can be written, or with its tokenizer.json
+    ({} when there is none), a sentence each.
     mtp_prefixes: beginnings of the names of the tensors of multi-token prediction, in a model with this many layers.
     """
 
@@ -42,6 +44,8 @@ class Format(Protocol):
     def refusals(self, config: ModelConfig, registry: Registry) -> list[str]: ...
 
     def write(self, config: ModelConfig, registry: Registry) -> dict[str, Any]: ...
+
+    def caveats(self, config: ModelConfig, registry: Registry, tokenizer: Mapping[str, Any]) -> list[str]: ...
 
     def pieces(self, config: ModelConfig, shapes: Mapping[str, Shape]) -> list[Piece]: ...
 

@@ -5,6 +5,7 @@ They keep the rotary values of each head as two halves; ours are pairs, so rows 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,10 @@ BLOCK = {
     "ffn.up.weight": ("mlp.up_proj.weight", True),
     "ffn.down.weight": ("mlp.down_proj.weight", True),
 }
+# How Qwen2's tokenizer cuts text before it looks for tokens; it normalises to NFC before that.
+QWEN2_CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 ROTATED = ("attention.q.", "attention.k.")
 
 
@@ -112,6 +117,9 @@ class Llama:
     def _write_bias(self) -> dict[str, Any]:
         return {"attention_bias": False, "mlp_bias": False}
 
+    def caveats(self, config: ModelConfig, registry: Registry, tokenizer: Mapping[str, Any]) -> list[str]:
+        return []
+
     def pieces(self, config: ModelConfig, shapes: Mapping[str, Shape]) -> list[Piece]:
         order = HalvesToPairs(config.attention["head_dim"])
         head = "embedding.weight" if config.tied_head else "head.weight"
@@ -150,6 +158,16 @@ class Qwen2(Llama):
 
     def _write_bias(self) -> dict[str, Any]:
         return {"use_sliding_window": False}
+
+    def caveats(self, config: ModelConfig, registry: Registry, tokenizer: Mapping[str, Any]) -> list[str]:
+        cut, normalizer = json.dumps(tokenizer.get("pre_tokenizer")), tokenizer.get("normalizer")
+        if not tokenizer or (json.dumps(QWEN2_CUT) in cut and normalizer == {"type": "NFC"}):
+            return []
+        # It keeps the vocabulary and the merges, and puts Qwen2's own cut and "<|endoftext|>" in.
+        return [
+            "AutoTokenizer of transformers 5 takes every tokenizer beside a qwen2 model for Qwen2's, and this one cuts "
+            'text in another way: other ids come out. PreTrainedTokenizerFast.from_pretrained("...") reads it right.'
+        ]
 
 
 def build_llama(config: FormatConfig) -> Llama:
