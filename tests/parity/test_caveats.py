@@ -69,6 +69,7 @@ def test_qwen2s_own_tokenizer_is_read_as_it_is(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path / "ours")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
     assert theirs(TEXT)["input_ids"] == [tokenizer.bos_id, *tokenizer.encode(TEXT)]
+    assert len(theirs) == tokenizer.vocab_size  # nothing was added that the model has no row for
 
 
 @pytest.mark.parametrize("shared", [0, 1])

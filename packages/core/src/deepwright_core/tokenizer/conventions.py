@@ -71,7 +71,10 @@ class Conventions:
 
         The class is the one that takes tokenizer.json as it is, whatever the tokenizer's own class was.
         """
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.names}
+        # Roles without a token are written too: where they are missing, the class that transformers 5 takes beside a
+        # qwen2 model adds "<|endoftext|>", an id that the model has no row for.
+        roles: dict[str, Any] = {"unk_token": None, "pad_token": None, **self.names}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
         if self.further:
             config["additional_special_tokens"] = list(self.further)
         config |= {
