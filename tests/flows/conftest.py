@@ -44,9 +44,9 @@ def toy_path(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(folder), str(TOY)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def plugins(toy_path: list[str]) -> Iterator[Plugins]:
-    """Only the toy plugin."""
+    """Only the toy plugin; who asks for what is installed after these tests must not find it."""
     sys.path[:0] = toy_path
     try:
         yield load([entry for entry in discover() if entry.name == "toy"])
@@ -91,7 +91,7 @@ def command_environment(toy_path: list[str], toy_conf: None) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory, plugins: Plugins) -> bytes:
     """A database with MLflow's tables: making them takes seconds, so it is done once and copied."""
     with pytest.MonkeyPatch.context() as patch:
