@@ -163,10 +163,10 @@ class DeepSeek(ABC):
     def caveats(self, config: ModelConfig, registry: Registry, tokenizer: Mapping[str, Any]) -> list[str]:
         if registry.parse("ffn", config.ffn).shared_experts:
             return []
-        # vLLM and llama.cpp stop where they multiply by matrices of width 0; SGLang has no place for them.
+        # SGLang has no place for matrices of width 0, llama.cpp and vLLM's products on a CPU stop at them.
         return [
             "model.ffn.shared_experts is 0: transformers loads that; "
-            "vLLM, SGLang and llama.cpp want at least one shared expert in this architecture."
+            "SGLang, llama.cpp and vLLM on a CPU want at least one shared expert in this architecture."
         ]
 
     # Tensors --------------------------------------------------------------------------------------
