@@ -20,7 +20,7 @@ from ..errors import RequestError
 from ..model.config import ModelConfig, MtpConfig
 from ..model.directory import read_config
 from ..model.tensor_files import DTYPES as STORED_DTYPES
-from ..model.tensor_files import NAME_OF, TensorFiles, differences
+from ..model.tensor_files import TensorFiles, differences
 from ..registry import Registry
 from ..tokenizer import Tokenizer
 from ..tracking import Progress, SilentProgress
@@ -28,7 +28,7 @@ from .conversion import Converted, Plan, Step, fingerprint, refuse_existing, run
 from .format import Format, format_for
 from .importing import DTYPES, MOST_BYTES
 from .memory import shapes_of
-from .piece import Piece, rows_at_once
+from .piece import Piece, cast, chunks
 from .published import CONFIG_FILE, SCALE, TOKENIZER_FILES, read_json
 from .streaming_files import Planned, StreamingFiles
 
@@ -149,28 +149,16 @@ def _rows(files: TensorFiles, piece: Piece, start: int, stop: int) -> torch.Tens
     return piece.to_theirs(files.read(piece.ours, (*before, slice(first + start, first + stop))))
 
 
-def _chunks(piece: Piece) -> list[tuple[int, int]]:
-    rows = piece.shape[0]
-    at_once = rows if piece.order else rows_at_once(piece.shape, BLOCK[0])
-    return [(start, min(start + at_once, rows)) for start in range(0, rows, at_once)] if at_once else []
-
-
 def _copy(files: TensorFiles, piece: Piece, dtype: torch.dtype, out: StreamingFiles) -> None:
     width = torch.Size(piece.shape[1:]).numel()
-    for start, stop in _chunks(piece):
-        values = _rows(files, piece, start, stop)
-        cast = values.to(dtype)
-        if not torch.equal(cast.isfinite(), values.isfinite()):
-            raise RequestError(
-                f"'{piece.ours}' has values that {NAME_OF[dtype]} cannot hold; export it in another dtype."
-            )
-        out.write(piece.theirs, start * width, cast)
+    for start, stop in chunks(piece, BLOCK[0]):
+        out.write(piece.theirs, start * width, cast(_rows(files, piece, start, stop), dtype, piece.ours))
 
 
 def _quantise(files: TensorFiles, piece: Piece, power_of_two_scales: bool, out: StreamingFiles) -> None:
     width = piece.shape[1]
     scales_wide = -(-width // BLOCK[1])
-    for start, stop in _chunks(piece):
+    for start, stop in chunks(piece, BLOCK[0]):
         values = _rows(files, piece, start, stop)
         if not values.isfinite().all():
             raise RequestError(f"'{piece.ours}' has values that are not finite; they cannot be stored in FP8.")

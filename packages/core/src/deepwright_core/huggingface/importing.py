@@ -15,14 +15,13 @@ import torch
 
 from ..errors import RequestError
 from ..model.config import ModelConfig, MtpConfig
-from ..model.tensor_files import NAME_OF
 from ..registry import Registry
 from ..tokenizer import Tokenizer
 from ..tracking import Progress, SilentProgress
 from .conversion import Converted, Plan, Step, fingerprint, refuse_existing, run
 from .format import Format
 from .memory import read_config_document, shapes_of
-from .piece import Piece, Shape, rows_at_once
+from .piece import Piece, Shape, cast, chunks
 from .published import CONFIG_FILE, TOKENIZER_FILES, Published
 from .streaming_files import Planned, StreamingFiles
 
@@ -158,28 +157,17 @@ def _plan(
     return Plan(tensors, steps, files, made_from)
 
 
-def _chunks(published: Published, piece: Piece) -> list[tuple[int, int]]:
-    rows = piece.shape[0]
-    at_once = rows if piece.order else rows_at_once(piece.shape, published.block[0])
-    return [(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
-
-
 def _copy(published: Published, piece: Piece, dtype: torch.dtype, files: StreamingFiles) -> None:
     """One of their tensors into its place, chunk by chunk."""
     width = torch.Size(piece.shape[1:]).numel()
-    for start, stop in _chunks(published, piece):
+    for start, stop in chunks(piece, published.block[0]):
         values = piece.to_ours(published.read(piece.theirs, start, stop, dtype))
-        cast = values.to(dtype)
-        if dtype != values.dtype and not torch.equal(cast.isfinite(), values.isfinite()):
-            raise RequestError(
-                f"'{piece.theirs}' has values that {NAME_OF[dtype]} cannot hold; import it in another dtype."
-            )
-        files.write(piece.ours, piece.first + start * width, cast)
+        files.write(piece.ours, piece.first + start * width, cast(values, dtype, piece.theirs))
 
 
 def _compare(published: Published, copy: Piece, original: Piece, files: StreamingFiles) -> None:
     """A copy must say what its original says: the model has one tensor for both."""
-    for start, stop in _chunks(published, copy):
+    for start, stop in chunks(copy, published.block[0]):
         dtype = published.dtype(copy.theirs)
         first, second = (published.read(name, start, stop, dtype) for name in (copy.theirs, original.theirs))
         if not torch.equal(first.to(second.dtype), second):

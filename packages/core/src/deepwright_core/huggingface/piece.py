@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..model.tensor_files import NAME_OF
 
 Shape = tuple[int, ...]
 CHUNK_BYTES = 64 * 2**20
@@ -80,6 +81,21 @@ class Piece:
     def to_theirs(self, ours: Tensor) -> Tensor:
         """Our part with its rows in their order."""
         return ours if self.order is None else self.order.to_theirs(ours)
+
+
+def chunks(piece: Piece, block_rows: int) -> list[tuple[int, int]]:
+    """Rows (start, stop) to read and write at once, in whole blocks; reordered rows need each other and go together."""
+    rows = piece.shape[0]
+    at_once = max(rows, 1) if piece.order else rows_at_once(piece.shape, block_rows)
+    return [(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
+
+
+def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Values in another dtype; `RequestError` when it cannot hold them."""
+    narrow = values.to(dtype)
+    if dtype != values.dtype and not torch.equal(narrow.isfinite(), values.isfinite()):
+        raise RequestError(f"'{name}' has values that {NAME_OF[dtype]} cannot hold; convert it to another dtype.")
+    return narrow
 
 
 def stacked(theirs: str, ours: str, shape: Shape, expert: int, start: int, stop: int) -> Piece:
