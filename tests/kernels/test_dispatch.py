@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_a_star_stands_for_every_operator_that_has_the_backend() -> None:
 
 
 def test_a_backend_that_cannot_run_is_replaced_and_that_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
-    with configure({"rotary": "triton"}):
+    with configure({"*": "triton"}):
         assert [backend_for("rotary", CPU) for _ in range(3)] == ["torch"] * 3
     said = [str(warning.message) for warning in recwarn if warning.category is BackendWarning]
     assert len(said) == 1
@@ -73,7 +74,7 @@ def test_a_backend_that_cannot_run_is_replaced_and_that_is_said_once(recwarn: py
 
 
 def test_auto_says_so_when_a_gpu_has_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
+    monkeypatch.setattr(dispatch, "_installed", lambda module: False)
 
     class OnGpu:
         device = torch.device("cuda")
@@ -87,11 +88,11 @@ def test_wrong_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"There is no operator 'rms_nrm'\. Did you mean rms_norm\?"):
         configure({"rms_nrm": "triton"})
     with pytest.raises(
-        ValueError, match="rms_norm has no backend 'cuda'; expected one of auto, reference, torch, triton"
+        ValueError, match="rms_norm has no backend 'cudnn'; expected one of auto, reference, torch, triton"
     ):
-        configure({"rms_norm": "cuda"})
-    with pytest.raises(ValueError, match="Backend 'cuda' for every operator"):
-        configure({"*": "cuda"})
+        configure({"rms_norm": "cudnn"})
+    with pytest.raises(ValueError, match="Backend 'cudnn' for every operator"):
+        configure({"*": "cudnn"})
 
 
 def test_an_added_backend_runs_only_when_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,8 +107,41 @@ def test_an_added_backend_runs_only_when_it_is_chosen(monkeypatch: pytest.Monkey
         add_backend("rms_norm", "vendor", lambda *_: None)
 
     add_backend("rms_norm", "elsewhere", lambda *_: None, available=lambda tensor: "it needs another machine")
-    with configure({"rms_norm": "elsewhere"}), pytest.warns(BackendWarning, match="because it needs another machine"):
-        assert backend_for("rms_norm", CPU) == "torch"
+    with configure({"rms_norm": "elsewhere"}), pytest.raises(ValueError, match="because it needs another machine"):
+        backend_for("rms_norm", CPU)
+
+
+def test_a_backend_that_was_chosen_by_name_runs_or_is_refused() -> None:
+    with (
+        configure({"rotary": "triton"}),
+        pytest.raises(
+            ValueError,
+            match=r"rotary: the backend 'triton' was chosen and cannot run because the tensor is on cpu.*'auto'",
+        ),
+    ):
+        rotary(torch.ones(2, 4), torch.ones(2, 2), torch.ones(2, 2))
+
+
+@pytest.fixture
+def sized() -> Iterator[str]:
+    """An operator whose backends depend on its arguments."""
+    dispatch.operator(
+        "sized",
+        {"reference": "math:sqrt", "torch": "math:exp", "vendor": "math:sin"},
+        elsewhere=lambda tensor, rows: ("torch", "reference") if rows > 10 else ("reference", "torch"),
+        needs={"torch": lambda tensor, rows: "rows is odd" if rows % 2 else None},
+    )
+    yield "sized"
+    del dispatch._operators["sized"]
+
+
+def test_the_order_may_depend_on_the_arguments_and_a_backend_may_need_something_of_them(sized: str) -> None:
+    assert backend_for(sized, CPU, 2) == "reference"
+    assert backend_for(sized, CPU, 12) == "torch"
+    with pytest.warns(BackendWarning, match="sized: the backend 'torch' cannot run because rows is odd"):
+        assert backend_for(sized, CPU, 13) == "reference"
+    with configure({sized: "torch"}), pytest.raises(ValueError, match="because rows is odd"):
+        backend_for(sized, CPU, 1)
 
 
 def test_torch_compile_sees_through_the_dispatch() -> None:

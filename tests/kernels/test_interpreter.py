@@ -1,4 +1,4 @@
-"""Runs `triton_cases.py` in triton's interpreter, in a process of its own: triton decides when it is imported."""
+"""Runs `triton_cases/` in triton's interpreter, in a process of its own: triton decides when it is imported."""
 
 import importlib.util
 import os
@@ -14,9 +14,9 @@ MISSING = [name for name in ("triton", "numpy") if importlib.util.find_spec(name
 
 @pytest.mark.skipif(bool(MISSING), reason=f"triton's interpreter needs {' and '.join(MISSING)}, which is not installed")
 def test_triton_kernels_in_the_interpreter() -> None:
-    cases = Path(__file__).with_name("triton_cases.py")
+    cases = sorted(map(str, Path(__file__).with_name("triton_cases").glob("cases_*.py")))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(cases), "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *cases, "-q", "-p", "no:cacheprovider"],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -1,11 +1,14 @@
 """The one place that decides which implementation of an operator runs.
 
-Each operator names its backends: `reference` is the specification in plain torch, `triton` a kernel, `torch` a fast
-path made of torch's own operations. `auto` takes the first that can run, in the operator's order for the tensor's
-kind of device. A backend that was asked for and cannot run is replaced by the next best, and that is said once, as a
-warning. Implementations are imported when they are first used, so a machine without triton never looks for it.
+Each operator names its backends: `reference` is the specification in plain torch, `triton` a portable kernel, `torch`
+a fast path made of torch's own operations, `cuda` a kernel for one generation of GPU, compiled when it is first used.
+`auto` takes the first that can run, in the operator's order for the tensor's kind of device; an operator whose fastest
+backend depends on sizes gives a function of its arguments as that order. When the first of the order cannot run, that
+is said once, as a warning. A backend that was chosen for an operator by name runs or is refused with the reason; one
+that was chosen for every operator ("*") is a wish, and gives way like `auto`'s.
 
-The choice belongs to the process, not to a thread: autograd's own threads must see what the main thread chose.
+Implementations are imported when they are first used, so a machine without triton never looks for it. The choice
+belongs to the process, not to a thread: autograd's own threads must see what the main thread chose.
 """
 
 from __future__ import annotations
@@ -25,26 +28,40 @@ from torch import Tensor
 
 AUTO = "auto"
 REFERENCE = "reference"
-BUILT_IN = (AUTO, REFERENCE, "triton", "torch")
+BUILT_IN = (AUTO, REFERENCE, "triton", "torch", "cuda")
+
+Order = tuple[str, ...] | Callable[..., tuple[str, ...]]
+Needs = Callable[..., str | None]
 
 
 @dataclass
 class Operator:
-    """An operator's backends (name -> "module:function") and its order of preference on CUDA and elsewhere."""
+    """An operator's backends (name -> "module:function"), its order of preference on CUDA and elsewhere (a function of
+    the operator's arguments where sizes decide), and what a backend needs of the arguments beyond its device: a
+    function of them that returns None or why it cannot take them."""
 
     name: str
     backends: dict[str, str | Callable[..., Any]]
-    cuda: tuple[str, ...]
-    elsewhere: tuple[str, ...]
+    cuda: Order
+    elsewhere: Order
+    needs: dict[str, Needs]
     available: dict[str, Callable[[Tensor], str | None]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A configured backend. `wish`: asked for all operators at once, so it gives way where it cannot run."""
+
+    backend: str
+    wish: bool
+
+
 class BackendWarning(UserWarning):
-    """A backend that was chosen cannot run here, and another one took its place."""
+    """The backend that would have been taken cannot run here, and another one took its place."""
 
 
 _operators: dict[str, Operator] = {}
-_choices: dict[str, str] = {}
+_choices: dict[str, Choice] = {}
 _functions: dict[str, dict[str, Callable[..., Any]]] = {backend: {} for backend in BUILT_IN}
 _warned: set[tuple[str, str, str]] = set()
 
@@ -53,11 +70,12 @@ def operator(
     name: str,
     backends: Mapping[str, str],
     *,
-    cuda: tuple[str, ...] = ("triton", REFERENCE),
-    elsewhere: tuple[str, ...] = (REFERENCE,),
+    cuda: Order = ("triton", REFERENCE),
+    elsewhere: Order = (REFERENCE,),
+    needs: Mapping[str, Needs] | None = None,
 ) -> None:
     """Declare an operator."""
-    _operators[name] = Operator(name, dict(backends), cuda, elsewhere)
+    _operators[name] = Operator(name, dict(backends), cuda, elsewhere, dict(needs or {}))
 
 
 def add_backend(
@@ -86,27 +104,14 @@ def operators() -> dict[str, list[str]]:
 class configure:
     """Choose backends per operator: `configure({"rms_norm": "triton"})`; "*" stands for every operator.
 
-    Holds from now on; as a context manager (`with configure(...):`) only inside.
+    A named operator's backend must be able to run; a backend for "*" runs where it can. Holds from now on; as a
+    context manager (`with configure(...):`) only inside.
     """
 
     def __init__(self, choices: Mapping[str, str]) -> None:
-        expanded: dict[str, str] = {}
-        for name, backend in choices.items():
-            if name == "*":
-                if backend not in BUILT_IN:
-                    raise ValueError(f"Backend '{backend}' for every operator: expected one of {', '.join(BUILT_IN)}.")
-                expanded |= {
-                    every: backend
-                    for every, declared in _operators.items()
-                    if backend == AUTO or backend in declared.backends
-                }
-                continue
-            known = sorted({AUTO, *_known(name).backends})
-            if backend not in known:
-                raise ValueError(f"{name} has no backend '{backend}'; expected one of {', '.join(known)}.")
-            expanded[name] = backend
+        chosen = expand(choices)
         self._before = dict(_choices)
-        _choices.update(expanded)
+        _choices.update(chosen)
 
     def __enter__(self) -> None:
         return None
@@ -118,27 +123,63 @@ class configure:
         _choices.update(self._before)
 
 
+def expand(choices: Mapping[str, str]) -> dict[str, Choice]:
+    """The choices operator by operator; `ValueError` for an unknown operator or backend."""
+    chosen: dict[str, Choice] = {}
+    everywhere = choices.get("*")
+    if everywhere is not None:
+        if everywhere not in BUILT_IN:
+            raise ValueError(f"Backend '{everywhere}' for every operator: expected one of {', '.join(BUILT_IN)}.")
+        chosen = {
+            name: Choice(everywhere, wish=True)
+            for name, declared in _operators.items()
+            if everywhere == AUTO or everywhere in declared.backends
+        }
+    for name, backend in choices.items():
+        if name == "*":
+            continue
+        known = sorted({AUTO, *_known(name).backends})
+        if backend not in known:
+            raise ValueError(f"{name} has no backend '{backend}'; expected one of {', '.join(known)}.")
+        chosen[name] = Choice(backend, wish=False)
+    return chosen
+
+
 def choices() -> dict[str, str]:
     """What is configured for each operator (`auto` unless something else was chosen)."""
-    return {name: _choices.get(name, AUTO) for name in sorted(_operators)}
+    return {name: _choices[name].backend if name in _choices else AUTO for name in sorted(_operators)}
 
 
-def backend_for(name: str, tensor: Tensor) -> str:
-    """The backend that `name` would use for a tensor on this tensor's device."""
-    declared = _known(name)
-    chosen = _choices.get(name, AUTO)
+def backend_for(name: str, *arguments: Any) -> str:
+    """The backend that `name` would use for these arguments, of which the first is a tensor.
+
+    One tensor alone stands for its device and dtype: then what backends need of the other arguments is not asked.
+    `ValueError` where a backend was chosen for this operator by name and cannot run.
+    """
+    declared, tensor = _known(name), arguments[0]
+    chosen = _choices.get(name, Choice(AUTO, wish=True))
+    if chosen.backend != AUTO:
+        reason = _why_not(declared, chosen.backend, arguments)
+        if reason is None:
+            return chosen.backend
+        if not chosen.wish:
+            raise ValueError(
+                f"{name}: the backend '{chosen.backend}' was chosen and cannot run because {reason}. "
+                f"Choose another one, or '{AUTO}'."
+            )
+        _say_once(name, chosen.backend, reason)
     order = declared.cuda if tensor.device.type == "cuda" else declared.elsewhere
-    for candidate in order if chosen == AUTO else (chosen, *order):
-        reason = _why_not(declared, candidate, tensor)
+    for candidate in order(*arguments) if callable(order) else order:
+        reason = _why_not(declared, candidate, arguments)
         if reason is None:
             return candidate
         _say_once(name, candidate, reason)
     return REFERENCE
 
 
-def implementation(name: str, tensor: Tensor) -> Callable[..., Any]:
-    """The function to call for a tensor on this tensor's device."""
-    return load(name, backend_for(name, tensor))
+def run(name: str, *arguments: Any) -> Any:
+    """Call the operator's backend for these arguments, of which the first is a tensor, with all of them."""
+    return load(name, backend_for(name, *arguments))(*arguments)
 
 
 def load(name: str, backend: str) -> Callable[..., Any]:
@@ -166,8 +207,13 @@ def _import_backend(backend: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def interpreted() -> bool:
@@ -175,17 +221,40 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _why_not(declared: Operator, backend: str, tensor: Tensor) -> str | None:
+def _why_not(declared: Operator, backend: str, arguments: tuple[Any, ...]) -> str | None:
+    tensor = arguments[0]
     if backend in declared.available:
         return declared.available[backend](tensor)
-    if backend != "triton":
-        return None
-    if not _triton_installed():
+    reason = None
+    if backend == "triton":
+        reason = _why_not_triton(tensor)
+    elif backend == "cuda":
+        reason = _why_not_cuda(tensor)
+    if reason is None and backend in declared.needs and len(arguments) > 1:
+        reason = declared.needs[backend](*arguments)
+    return reason
+
+
+def _why_not_triton(tensor: Tensor) -> str | None:
+    if not _installed("triton"):
         return "triton is not installed"
     if tensor.dtype == torch.float64:
         return "its kernels compute in float32 and the tensor is float64"
     if tensor.device.type != "cuda" and not interpreted():
         return f"the tensor is on {tensor.device.type}, where triton only runs with TRITON_INTERPRET=1"
+    return None
+
+
+def _why_not_cuda(tensor: Tensor) -> str | None:
+    if tensor.device.type != "cuda":
+        return f"the tensor is on {tensor.device.type}; its kernels are for Hopper GPUs (compute capability 9.0)"
+    if torch.version.hip is not None:
+        return "this is a ROCm build of torch; its kernels are for Hopper GPUs (compute capability 9.0)"
+    if not _installed("cuda"):
+        return "the package cuda-bindings is not installed, which compiles and starts its kernels"
+    capability = _capability(tensor.device.index or 0)
+    if capability != (9, 0):
+        return "the device has compute capability {}.{}; its kernels are for 9.0 (Hopper)".format(*capability)
     return None
 
 

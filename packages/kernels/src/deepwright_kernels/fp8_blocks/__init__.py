@@ -29,7 +29,7 @@ def quantise_fp8_blocks(
     require_shape(QUANTISE, "x_NK", x_NK, (None, None), "[N, K]")
     require_dtype(QUANTISE, "x_NK", x_NK, FLOATS)
     _require_block(QUANTISE, block)
-    values_NK, scale_UV = dispatch.implementation(QUANTISE, x_NK)(x_NK, block, power_of_two_scales)
+    values_NK, scale_UV = dispatch.run(QUANTISE, x_NK, block, power_of_two_scales)
     return values_NK, scale_UV
 
 
@@ -44,5 +44,5 @@ def dequantise_fp8_blocks(
     require_shape(DEQUANTISE, "scale_UV", scale_UV, blocks, "[⌈N/block⌉, ⌈K/block⌉]")
     require_dtype(DEQUANTISE, "scale_UV", scale_UV, SCALES)
     require_device(DEQUANTISE, "scale_UV", scale_UV, values_NK.device)
-    x_NK: Tensor = dispatch.implementation(DEQUANTISE, values_NK)(values_NK, scale_UV, block, dtype)
+    x_NK: Tensor = dispatch.run(DEQUANTISE, values_NK, scale_UV, block, dtype)
     return x_NK

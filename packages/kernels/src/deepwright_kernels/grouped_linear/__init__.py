@@ -35,5 +35,5 @@ def grouped_linear(x_TK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tenso
     require_dtype(NAME, "offsets_E", offsets_E, (torch.int32,))
     require_device(NAME, "weight_ENK", weight_ENK, x_TK.device)
     require_device(NAME, "offsets_E", offsets_E, x_TK.device)
-    y_TN: Tensor = dispatch.implementation(NAME, x_TK)(x_TK, weight_ENK, offsets_E)
+    y_TN: Tensor = dispatch.run(NAME, x_TK, weight_ENK, offsets_E)
     return y_TN

@@ -47,7 +47,5 @@ def linear_cross_entropy(
     require(weight_VD.shape[0] > 0, NAME, "weight_VD", "has no rows; expected one for each word of the vocabulary")
     require(chunk is None or chunk > 0, NAME, "chunk", f"is {chunk}; expected a positive number of tokens or None")
     require(temperature > 0, NAME, "temperature", f"is {temperature}; expected a positive number")
-    loss_T, entropy_T = dispatch.implementation(NAME, hidden_TD)(
-        hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature
-    )
+    loss_T, entropy_T = dispatch.run(NAME, hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
     return loss_T, entropy_T

@@ -53,7 +53,7 @@ def mla_paged_decode(
         "cache_NW",
         f"has {cache_NW.shape[0]} slots; expected a multiple of block_size = {block_size}",
     )
-    out_BQHC: Tensor = dispatch.implementation(NAME, q_latent_BQHC)(
-        q_latent_BQHC, q_rope_BQHR, cache_NW, blocks_BP, positions_BQ, lengths_B, block_size, scale
+    out_BQHC: Tensor = dispatch.run(
+        NAME, q_latent_BQHC, q_rope_BQHR, cache_NW, blocks_BP, positions_BQ, lengths_B, block_size, scale
     )
     return out_BQHC

@@ -27,5 +27,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     require_dtype(NAME, "weight", weight, FLOATS)
     require_device(NAME, "weight", weight, x.device)
     require(eps >= 0, NAME, "eps", f"is {eps}; expected a number that is not negative")
-    y: Tensor = dispatch.implementation(NAME, x)(x, weight, eps)
+    y: Tensor = dispatch.run(NAME, x, weight, eps)
     return y

@@ -38,5 +38,5 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         except RuntimeError:
             fits = False
         require(fits, NAME, argument, f"has shape {shape_of(tensor)}, which does not broadcast to {list(target)}")
-    y: Tensor = dispatch.implementation(NAME, x)(x, cos, sin)
+    y: Tensor = dispatch.run(NAME, x, cos, sin)
     return y

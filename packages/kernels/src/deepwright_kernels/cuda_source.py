@@ -1,0 +1,185 @@
+"""CUDA kernels of this package: compiled by NVRTC when they are first used, kept on disk, started by the driver.
+
+A kernel lives in a `.cu` file beside its operator, needs no header, and is specialised by `#define`s. NVRTC and the
+driver are reached through cuda-bindings, which CUDA builds of torch bring along; no compiler has to be installed. The
+machine code is kept in `$XDG_CACHE_HOME/deepwright/kernels` (`~/.cache` by default) under a hash of source, options
+and compiler. Only Hopper (sm_90a) is compiled for: `wgmma` and the bulk tensor copies exist there alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARCHITECTURE = "sm_90a"
+TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = 128, 64
+# What a block may use of shared memory on Hopper, and what it gets without asking.
+LARGEST_SHARED_BYTES, UNASKED_SHARED_BYTES = 232448, 48 * 1024
+
+# CUtensorMapDataType of the driver's API.
+_TENSOR_MAP_TYPES = {
+    torch.uint8: 0,
+    torch.float8_e4m3fn: 0,
+    torch.int32: 4,
+    torch.float32: 7,
+    torch.bfloat16: 9,
+}
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+_PROMOTE_TO_256_BYTES = 3
+
+
+class CudaError(RuntimeError):
+    """The driver or the compiler refused something."""
+
+
+def _checked(result: tuple[Any, ...], what: str) -> Any:
+    status, *values = result
+    if int(status) != 0:
+        raise CudaError(f"{what} failed: {status!s}.")
+    return values[0] if len(values) == 1 else values
+
+
+def compile_source(source: str, defines: Mapping[str, int | str]) -> bytes:
+    """Machine code for `source` with these `#define`s, from the disk if it was compiled before.
+
+    Raises `CudaError` with the compiler's log.
+    """
+    from cuda.bindings import nvrtc
+
+    options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "-default-device"]
+    options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
+    version = _checked(nvrtc.nvrtcVersion(), "asking NVRTC for its version")
+    key = hashlib.sha256("\0".join([source, *options, str(version)]).encode()).hexdigest()
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepwright" / "kernels" / f"{key}.cubin"
+    if kept.is_file():
+        return kept.read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []), "creating a program")
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if int(status) != 0:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "reading the compiler's log")
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise CudaError(f"A CUDA kernel did not compile:\n{log.decode(errors='replace')}")
+        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "reading the machine code's size")
+        _checked(nvrtc.nvrtcGetCUBIN(program, code), "reading the machine code")
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    _keep(kept, code)
+    return code
+
+
+def _keep(path: Path, code: bytes) -> None:
+    """Write whole or not at all; a disk that cannot be written only costs the next process a compilation."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(code)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+class Kernel:
+    """A compiled kernel on one device; `launch` starts it on torch's current stream."""
+
+    def __init__(self, function: Any, shared_bytes: int) -> None:
+        self._function, self._shared_bytes = function, shared_bytes
+
+    def launch(self, grid: Sequence[int], block: Sequence[int], *arguments: Tensor | TensorMap | int | float) -> None:
+        """`grid` and `block` have three sizes. A tensor is passed as its address, an int as 32 bits, a float as
+        float32, a `TensorMap` by value (a `const __grid_constant__` parameter)."""
+        from cuda.bindings import driver
+
+        kept = [_parameter(argument) for argument in arguments]
+        addresses = (ctypes.c_void_p * len(kept))(
+            *(each.address if isinstance(each, TensorMap) else ctypes.addressof(each) for each in kept)
+        )
+        stream = torch.cuda.current_stream().cuda_stream
+        _checked(
+            driver.cuLaunchKernel(
+                self._function, *grid, *block, self._shared_bytes, stream, ctypes.addressof(addresses), 0
+            ),
+            "starting a CUDA kernel",
+        )
+
+
+def _parameter(argument: Tensor | TensorMap | int | float) -> Any:
+    if isinstance(argument, TensorMap):
+        return argument
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+
+
+@cache
+def _kernel(
+    path: Path, name: str, defines: tuple[tuple[str, int | str], ...], shared_bytes: int, device: int
+) -> Kernel:
+    from cuda.bindings import driver
+
+    code = compile_source(path.read_text(), dict(defines))
+    torch.cuda.current_stream(device)  # torch makes its context on the device
+    module = _checked(driver.cuModuleLoadData(code), f"loading {path.name}")
+    function = _checked(driver.cuModuleGetFunction(module, name.encode()), f"finding {name} in {path.name}")
+    if shared_bytes > UNASKED_SHARED_BYTES:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes), f"giving {name} {shared_bytes} bytes")
+    return Kernel(function, shared_bytes)
+
+
+def kernel(path: Path, name: str, defines: Mapping[str, int | str], shared_bytes: int, device: torch.device) -> Kernel:
+    """The kernel `name` (declared `extern "C"`) of a `.cu` file, specialised and ready for `device`; compiled once."""
+    return _kernel(path, name, tuple(sorted(defines.items())), shared_bytes, device.index or 0)
+
+
+class TensorMap:
+    """How the copy engine reads or writes tiles of a tensor (CUtensorMap): `box` values at a time.
+
+    Sizes go from the outermost to the innermost dimension, as in torch; strides are the tensor's own. What lies outside
+    the tensor is read as zero. `swizzle`: 0, 32, 64 or 128 bytes; the box's innermost size must then not be wider.
+    """
+
+    def __init__(self, tensor: Tensor, box: Sequence[int], swizzle: int = 128) -> None:
+        self._tensor = tensor  # keeps the memory
+        self._bytes = (ctypes.c_char * (TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT))()
+        start = ctypes.addressof(self._bytes)
+        self.address = -(-start // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
+        rank = tensor.ndim
+        sizes = (ctypes.c_uint64 * rank)(*reversed(tensor.shape))
+        strides = [stride * tensor.element_size() for stride in reversed(tensor.stride())]
+        if strides[0] != tensor.element_size() or any(stride % 16 for stride in strides[1:]):
+            raise ValueError(
+                f"A tensor with strides {tensor.stride()} cannot be copied in tiles: its last must be 1 and the others "
+                "multiples of 16 bytes."
+            )
+        status = _encode()(
+            ctypes.c_void_p(self.address),
+            _TENSOR_MAP_TYPES[tensor.dtype],
+            rank,
+            ctypes.c_void_p(tensor.data_ptr()),
+            sizes,
+            (ctypes.c_uint64 * max(1, rank - 1))(*strides[1:]),
+            (ctypes.c_uint32 * rank)(*reversed(box)),
+            (ctypes.c_uint32 * rank)(*([1] * rank)),
+            0,  # not interleaved
+            _SWIZZLES[swizzle],
+            _PROMOTE_TO_256_BYTES,
+            0,  # zeros outside
+        )
+        if status != 0:
+            raise CudaError(f"Describing a tensor of shape {list(tensor.shape)} to the copy engine failed: {status}.")
+
+
+@cache
+def _encode() -> Any:
+    # By ctypes and not by cuda-bindings: the map must lie at a multiple of 64 bytes, which the latter does not promise.
+    return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
