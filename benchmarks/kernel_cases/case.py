@@ -23,8 +23,8 @@ class Case:
     """runs: implementation -> what to time; "ours" is what `auto` picks, `backend` its name.
 
     amount: bytes that have to move (each input read once, each output written once), or operations that have to be
-    made, whatever an implementation really does. unit: `BYTES`, `FLOPS` (in the dtype of the run) or `FP8_FLOPS`: the ceiling to compare
-    with.
+    made, whatever an implementation really does. unit: which ceiling to compare with, `BYTES`, `FLOPS` (of products
+    in the dtype of the run) or `FP8_FLOPS`.
     """
 
     operator: str
