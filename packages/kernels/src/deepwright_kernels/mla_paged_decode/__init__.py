@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..arguments import FLOATS, INTEGERS, require, require_device, require_dtype, require_shape
+from .reference import SCALED_LATENTS, fp8_row_bytes
 
 NAME = "mla_paged_decode"
 dispatch.operator(
@@ -25,27 +27,57 @@ def mla_paged_decode(
 ) -> Tensor:
     """Attention of absorbed queries over latents and rope keys in a paged cache -> out_BQHC in q_latent's dtype.
 
-    q_latent_BQHC [B, Q, H, C], q_rope_BQHR [B, Q, H, R]; cache_NW [N, C + R], latent first, rope key after it;
-    blocks_BP [B, P] the blocks of each sequence in order; positions_BQ [B, Q] the absolute position of each query;
-    lengths_B [B] the tokens cached. A query sees keys at index <= its position and < its sequence's length; one that
-    sees none gives zeros. The cache is read only below the length. No gradients.
+    softmax(scale · (q_latent · latent + q_rope · rope key)) · latent, the keys being shared by all heads (DeepSeek-V2,
+    section 2.1.2, with the up-projections absorbed).
+
+    q_latent_BQHC [B, Q, H, C], q_rope_BQHR [B, Q, H, R]; cache_NW [N, C + R], latent first, rope key after it, or bytes
+    [N, C + C / 32 + 2 · R] with the latents in FP8 (`reference.py` has the layout); blocks_BP [B, P] the blocks of each
+    sequence in order; positions_BQ [B, Q] the absolute position of each query; lengths_B [B] the tokens cached. A
+    query sees keys at index <= its position and < its sequence's length; one that sees none gives zeros. What the cache
+    holds beyond the length is never used. No gradients.
     """
     require_shape(NAME, "q_latent_BQHC", q_latent_BQHC, (None,) * 4, "[B, Q, H, C]")
     require_dtype(NAME, "q_latent_BQHC", q_latent_BQHC, FLOATS)
     batch, queries, heads, latent = q_latent_BQHC.shape
     require_shape(NAME, "q_rope_BQHR", q_rope_BQHR, (batch, queries, heads, None), "[B, Q, H, R]")
     require_dtype(NAME, "q_rope_BQHR", q_rope_BQHR, (q_latent_BQHC.dtype,))
-    width = latent + q_rope_BQHR.shape[-1]
-    require_shape(NAME, "cache_NW", cache_NW, (None, width), "[N, C + R]")
-    require_dtype(NAME, "cache_NW", cache_NW, FLOATS)
+    rope = q_rope_BQHR.shape[-1]
+    require_dtype(NAME, "cache_NW", cache_NW, (*FLOATS, torch.uint8))
+    if cache_NW.dtype == torch.uint8:
+        require(
+            latent % SCALED_LATENTS == 0,
+            NAME,
+            "cache_NW",
+            f"holds FP8 latents, {SCALED_LATENTS} to a scale, but q_latent_BQHC has {latent}; expected a multiple",
+        )
+        meaning = f"[N, bytes of {latent} FP8 latents, their scales and {rope} rope values]"
+        require_shape(NAME, "cache_NW", cache_NW, (None, fp8_row_bytes(latent, rope)), meaning)
+    else:
+        require_shape(NAME, "cache_NW", cache_NW, (None, latent + rope), "[N, C + R]")
     require_shape(NAME, "blocks_BP", blocks_BP, (batch, None), "[B, P]")
     require_shape(NAME, "positions_BQ", positions_BQ, (batch, queries), "[B, Q]")
     require_shape(NAME, "lengths_B", lengths_B, (batch,), "[B]")
     for argument, tensor in (("blocks_BP", blocks_BP), ("positions_BQ", positions_BQ), ("lengths_B", lengths_B)):
         require_dtype(NAME, argument, tensor, INTEGERS)
         require_device(NAME, argument, tensor, q_latent_BQHC.device)
-    for argument, tensor in (("q_rope_BQHR", q_rope_BQHR), ("cache_NW", cache_NW)):
+    for argument, tensor in (
+        ("q_latent_BQHC", q_latent_BQHC),
+        ("q_rope_BQHR", q_rope_BQHR),
+        ("cache_NW", cache_NW),
+    ):
         require_device(NAME, argument, tensor, q_latent_BQHC.device)
+        require(
+            tensor.stride(-1) == 1 or tensor.shape[-1] == 1,
+            NAME,
+            argument,
+            f"has a last dimension of stride {tensor.stride(-1)}; expected its values side by side (stride 1)",
+        )
+        require(
+            not (tensor.requires_grad and torch.is_grad_enabled()),
+            NAME,
+            argument,
+            "requires a gradient and decode has none; call it under torch.no_grad()",
+        )
     require(block_size > 0, NAME, "block_size", f"is {block_size}; expected a positive number of slots")
     require(
         cache_NW.shape[0] % block_size == 0,

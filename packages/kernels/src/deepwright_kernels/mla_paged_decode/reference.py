@@ -4,8 +4,14 @@ With the up-projections absorbed into query and output, every head attends to th
 the shared rope key of each token. The values are the latents themselves. A query sees the keys up to its own
 position that lie inside its sequence's length; what stands in the cache beyond the length, NaN included, is not read.
 
-Shapes: B sequences, Q new tokens of each, H heads, C latent, R rope key, W = C + R cache width, N cache slots,
-P blocks of the longest sequence, K = P * block_size keys.
+The cache holds floats, or bytes with the latents in FP8. Then a token's row is, one after the other, its C latents in
+e4m3, C / 128 scales in float32 (one for each 128 latents, `amax / 448` with amax at least 1e-4; it multiplies), and its
+R rope values in bfloat16: 656 bytes for C = 512 and R = 64, against 1152 in bfloat16. The rope key is kept exact because
+the scores' sense of position hangs on few values. Keys are `value · scale` rounded to bfloat16, for the products take
+that.
+
+Shapes: B sequences, Q new tokens of each, H heads, C latent, R rope key, W = C + R cache width (of bytes:
+C + 4 · C / 128 + 2 · R), N cache slots, P blocks of the longest sequence, K = P * block_size keys.
 """
 
 from __future__ import annotations
@@ -13,6 +19,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ..fp8_blocks.reference import dequantise_fp8_blocks, quantise_fp8_blocks
+
+SCALED_LATENTS = 128
+
+
+def fp8_row_bytes(latent: int, rope: int) -> int:
+    """Bytes that a token takes in a cache of FP8 latents."""
+    return latent + 4 * (latent // SCALED_LATENTS) + 2 * rope
+
+
+def pack_fp8_latents(latent_NC: Tensor, rope_NR: Tensor) -> Tensor:
+    """Rows of a cache of FP8 latents -> bytes [N, W]. C is a multiple of 128."""
+    values_NC, scale_NS = quantise_fp8_blocks(latent_NC, (1, SCALED_LATENTS))
+    parts = (values_NC, scale_NS.float().contiguous(), rope_NR.to(torch.bfloat16).contiguous())
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
+
+
+def unpack_fp8_latents(rows_NW: Tensor, latent: int) -> tuple[Tensor, Tensor]:
+    """(latents [N, C], rope keys [N, R]) of rows of a cache of FP8 latents, both in bfloat16."""
+    scale_bytes = 4 * (latent // SCALED_LATENTS)
+    sizes = [latent, scale_bytes, rows_NW.shape[-1] - latent - scale_bytes]
+    values, scale, rope = (part.contiguous() for part in rows_NW.split(sizes, dim=-1))
+    latent_NC = dequantise_fp8_blocks(
+        values.view(torch.float8_e4m3fn), scale.view(torch.float32), (1, SCALED_LATENTS), torch.bfloat16
+    )
+    return latent_NC, rope.view(torch.bfloat16)
 
 
 def mla_paged_decode(
@@ -33,7 +66,11 @@ def mla_paged_decode(
     beyond_BK = index_K >= lengths_B[:, None]
     hidden_BQK = (index_K > positions_BQ[:, :, None]) | beyond_BK[:, None]
 
-    keys_BKW = functional.embedding(slots_BK, cache_NW).to(wide)  # a row gather: ten times indexing's speed on a CPU
+    if cache_NW.dtype == torch.uint8:
+        rows_NW = cache_NW[slots_BK.flatten()]
+        keys_BKW = torch.cat(unpack_fp8_latents(rows_NW, latent), dim=-1).view(*slots_BK.shape, -1).to(wide)
+    else:
+        keys_BKW = functional.embedding(slots_BK, cache_NW).to(wide)  # a row gather: ten times indexing's speed on a CPU
     # A weight of zero does not silence a NaN: what lies beyond the length has to go before the products.
     keys_BKW = keys_BKW.masked_fill(beyond_BK[:, :, None], 0.0)
     q_BXW = torch.cat((q_latent_BQHC, q_rope_BQHR), dim=-1).to(wide).flatten(1, 2)  # X = Q * H
