@@ -5,10 +5,10 @@ the shared rope key of each token. The values are the latents themselves. A quer
 position that lie inside its sequence's length; what stands in the cache beyond the length, NaN included, is not read.
 
 The cache holds floats, or bytes with the latents in FP8. Then a token's row is, one after the other, its C latents in
-e4m3, C / 128 scales in float32 (one for each 128 latents, `amax / 448` with amax at least 1e-4; it multiplies), and its
-R rope values in bfloat16: 656 bytes for C = 512 and R = 64, against 1152 in bfloat16. The rope key is kept exact because
-the scores' sense of position hangs on few values. Keys are `value · scale` rounded to bfloat16, for the products take
-that.
+e4m3, C / 128 scales in float32 (one for each 128 latents, `amax / 448` with amax at least 1e-4; it multiplies), and
+its R rope values in bfloat16: 656 bytes for C = 512 and R = 64, against 1152 in bfloat16. The rope part stays in
+bfloat16 because a score's sense of position hangs on those few values. Latents are `value · scale` rounded to bfloat16,
+as the matrix units take them.
 
 Shapes: B sequences, Q new tokens of each, H heads, C latent, R rope key, W = C + R cache width (of bytes:
 C + 4 · C / 128 + 2 · R), N cache slots, P blocks of the longest sequence, K = P * block_size keys.
@@ -70,7 +70,8 @@ def mla_paged_decode(
         rows_NW = cache_NW[slots_BK.flatten()]
         keys_BKW = torch.cat(unpack_fp8_latents(rows_NW, latent), dim=-1).view(*slots_BK.shape, -1).to(wide)
     else:
-        keys_BKW = functional.embedding(slots_BK, cache_NW).to(wide)  # a row gather: ten times indexing's speed on a CPU
+        # A row gather has ten times indexing's speed on a CPU.
+        keys_BKW = functional.embedding(slots_BK, cache_NW).to(wide)
     # A weight of zero does not silence a NaN: what lies beyond the length has to go before the products.
     keys_BKW = keys_BKW.masked_fill(beyond_BK[:, :, None], 0.0)
     q_BXW = torch.cat((q_latent_BQHC, q_rope_BQHR), dim=-1).to(wide).flatten(1, 2)  # X = Q * H
