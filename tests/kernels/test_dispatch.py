@@ -32,12 +32,20 @@ def _without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_operator_has_a_reference() -> None:
     assert sorted(operators()) == [
         "dequantise_fp8_blocks",
+        "fp8_grouped_matmul",
+        "fp8_grouped_outer",
+        "fp8_matmul",
         "grouped_linear",
         "linear_cross_entropy",
         "mla_paged_decode",
         "quantise_fp8_blocks",
+        "quantise_fp8_columns",
+        "quantise_fp8_rows",
+        "quantise_fp8_rows_and_columns",
         "rms_norm",
         "rotary",
+        "swiglu_backward_quantise_fp8",
+        "swiglu_quantise_fp8",
     ]
     for name, backends in operators().items():
         assert "reference" in backends

@@ -20,16 +20,20 @@ def _require_block(operator: str, block: tuple[int, int]) -> None:
 
 
 def quantise_fp8_blocks(
-    x_NK: Tensor, block: tuple[int, int] = (128, 128), power_of_two_scales: bool = False
+    x_NK: Tensor, block: tuple[int, int] = (128, 128), power_of_two_scales: bool = False, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """x_NK [N, K] -> e4m3 values [N, K] and float32 scales [⌈N/128⌉, ⌈K/128⌉] that multiply.
 
+    x_NK may be a stack [E, N, K], of which each matrix is quantised for itself.
     power_of_two_scales: round scales up to powers of two ("ue8m0"). Infinities and NaN give NaN.
+    transposed: give the transposes, values [K, N] and scales [⌈K/128⌉, ⌈N/128⌉], as the product for the gradient of
+    a layer's input wants its weight.
     """
-    require_shape(QUANTISE, "x_NK", x_NK, (None, None), "[N, K]")
+    sizes = (None, None, None) if x_NK.ndim == 3 else (None, None)
+    require_shape(QUANTISE, "x_NK", x_NK, sizes, "[N, K] or a stack [E, N, K]")
     require_dtype(QUANTISE, "x_NK", x_NK, FLOATS)
     _require_block(QUANTISE, block)
-    values_NK, scale_UV = dispatch.run(QUANTISE, x_NK, block, power_of_two_scales)
+    values_NK, scale_UV = dispatch.run(QUANTISE, x_NK, block, power_of_two_scales, transposed)
     return values_NK, scale_UV
 
 

@@ -23,30 +23,34 @@ SMALLEST_AMAX = 1e-4
 
 
 def _padded_blocks(x_NK: Tensor, block: tuple[int, int]) -> Tensor:
-    """[U, rows of a block, V, columns of a block], zeros where the last blocks are partial."""
-    rows, columns = x_NK.shape
+    """[..., U, rows of a block, V, columns of a block], zeros where the last blocks are partial."""
+    rows, columns = x_NK.shape[-2:]
     x_NK = functional.pad(x_NK, (0, -columns % block[1], 0, -rows % block[0]))
-    return x_NK.unflatten(0, (-1, block[0])).unflatten(2, (-1, block[1]))
+    return x_NK.unflatten(-2, (-1, block[0])).unflatten(-1, (-1, block[1]))
 
 
 def power_of_two_above(scale: Tensor) -> Tensor:
     """The smallest power of two that is not below each (positive) value; exact, also where log2 would round."""
     mantissa, exponent = torch.frexp(scale)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    return torch.where(scale.isfinite(), power, scale)
 
 
 def quantise_fp8_blocks(
-    x_NK: Tensor, block: tuple[int, int] = (128, 128), power_of_two_scales: bool = False
+    x_NK: Tensor, block: tuple[int, int] = (128, 128), power_of_two_scales: bool = False, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Values [N, K] in e4m3 and scales [U, V] in float32."""
+    """Values [N, K] in e4m3 and scales [U, V] in float32, of a stack those of each matrix; or their transposes."""
     blocks_UNVK = _padded_blocks(x_NK.float(), block)
-    amax_UV = blocks_UNVK.abs().amax((1, 3)).clamp(min=SMALLEST_AMAX)
+    amax_UV = blocks_UNVK.abs().amax((-3, -1)).clamp(min=SMALLEST_AMAX)
     scale_UV = amax_UV / E4M3_MAX
     if power_of_two_scales:
         scale_UV = power_of_two_above(scale_UV)
-    scaled_UNVK = blocks_UNVK * (1.0 / scale_UV)[:, None, :, None]
-    values_NK = scaled_UNVK.flatten(2).flatten(0, 1)[: x_NK.shape[0], : x_NK.shape[1]]
-    return values_NK.to(torch.float8_e4m3fn).contiguous(), scale_UV
+    scaled_UNVK = blocks_UNVK * (1.0 / scale_UV)[..., :, None, :, None]
+    rows, columns = x_NK.shape[-2:]
+    values_NK = scaled_UNVK.flatten(-2).flatten(-3, -2)[..., :rows, :columns].to(torch.float8_e4m3fn)
+    if transposed:
+        values_NK, scale_UV = values_NK.transpose(-2, -1), scale_UV.transpose(-2, -1)
+    return values_NK.contiguous(), scale_UV.contiguous()
 
 
 def dequantise_fp8_blocks(

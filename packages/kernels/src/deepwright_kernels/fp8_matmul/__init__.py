@@ -1,0 +1,42 @@
+"""The product of two block-scaled FP8 matrices, a · bᵀ. No gradients: fp8_linear makes a layer of three of these."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..arguments import require_device, shape_of
+from ..fp8_layout import PRODUCTS, blocks, require_block_scales, require_row_scales, require_values
+
+NAME = "fp8_matmul"
+dispatch.operator(NAME, {"reference": f"{__name__}.reference:{NAME}"}, cuda=("reference",))
+
+
+def fp8_matmul(
+    a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """a_MK [M, K] and b_NK [N, K], both e4m3 -> a · bᵀ [M, N] in `dtype` (bfloat16 or float32).
+
+    a_scale_MV: row scales [M, ⌈K/128⌉]. b_scale: block scales [⌈N/128⌉, ⌈K/128⌉] (a weight: forward and dgrad) or row
+    scales [N, ⌈K/128⌉] (wgrad). The product of each 128 of K is scaled and added up in float32 (DeepSeek-V3 report,
+    section 3.3.2). fp8_layout.py says how the operands lie in memory.
+    """
+    require_values(NAME, "a_MK", a_MK, (None, None), "[M, K]")
+    require_values(NAME, "b_NK", b_NK, (None, a_MK.shape[1]), "[N, K]")
+    require_device(NAME, "b_NK", b_NK, a_MK.device)
+    require_row_scales(NAME, "a_scale_MV", a_scale_MV, a_MK)
+    outputs, inner = b_NK.shape
+    if b_scale.ndim == 2 and b_scale.shape[0] == blocks(outputs) and outputs > 1:
+        require_block_scales(NAME, "b_scale", b_scale, b_NK)
+    elif b_scale.ndim == 2 and b_scale.shape[0] == outputs:
+        require_row_scales(NAME, "b_scale", b_scale, b_NK)
+    else:
+        raise ValueError(
+            f"{NAME}: b_scale has shape {shape_of(b_scale)}; expected block scales [⌈N/128⌉, ⌈K/128⌉] = "
+            f"[{blocks(outputs)}, {blocks(inner)}] or row scales [N, ⌈K/128⌉] = [{outputs}, {blocks(inner)}]."
+        )
+    if dtype not in PRODUCTS:
+        raise TypeError(f"{NAME}: dtype is {dtype}; expected torch.bfloat16 or torch.float32.")
+    y_MN: Tensor = dispatch.run(NAME, a_MK, a_scale_MV, b_NK, b_scale, dtype)
+    return y_MN

@@ -1,0 +1,460 @@
+// Block-scaled FP8 products on Hopper: C = A · Bᵀ with e4m3 values, float32 scales every 128 of K, float32 sums.
+//
+// One kernel for three operators, by SCHEDULE:
+//   0  dense    A [M, K], B [N, K]                          -> C [M, N]
+//   1  grouped  A [M, K], B [E * N, K], rows in groups      -> C [M, N], rows past the last group untouched
+//   2  outer    A [M, K], B [N, K], columns in groups       -> C [E, M, N]
+//
+// A block of threads stays on its multiprocessor and takes tile after tile. One warp is the producer: it asks the copy
+// engine for 128 columns of A and B (and the scales of A's rows) at a time, STAGES ahead. Two warpgroups do the maths,
+// each for 64 rows of the tile: four `wgmma` of 32 columns give the product over 128 columns in fresh registers, which
+// are then multiplied by their scales and added to the sums. While one warpgroup adds, the tensor cores work for the
+// other. The tensor cores keep fewer bits than float32 in their own sums: that is why the sums are not left there.
+//
+// With CLUSTER 2, two blocks take neighbouring tiles of the same rows; each fetches half of A for both.
+//
+// Defines: SCHEDULE; BLOCK_N = WAVES * WAVE_N columns of a tile, WAVE_STEPS = WAVE_N / 16; STAGES; CLUSTER;
+// ROW_SCALES_B (1: a scale for each row of B and 128 columns, [V, N] as the copy engine sees it; 0: for 128 x 128);
+// FLOAT_OUT (1: float32, 0: bfloat16); RASTER (rows of tiles that are walked together, for the L2).
+//
+// Leaves out: K in groups that are no multiples of 128, and C whose rows are no multiples of 16 bytes.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap {
+    unsigned char bytes[128];
+};
+
+#define BLOCK_M 128
+#define BLOCK_K 128
+#define MATHS_WARPS 8
+#define THREADS 384
+#define BLOCK_N (WAVES * WAVE_N)
+
+#define A_BYTES (BLOCK_M * BLOCK_K)
+#define B_BYTES (BLOCK_N * BLOCK_K)
+#define A_SCALE_BYTES (BLOCK_M * 4)
+#define B_SCALE_BYTES (ROW_SCALES_B * BLOCK_N * 4)
+#define STAGE_BYTES (A_BYTES + B_BYTES + A_SCALE_BYTES + B_SCALE_BYTES)
+
+// Shared memory: all A, all B (each tile at a multiple of 1024 bytes, as the swizzle needs), scales, barriers.
+#define B_AT (STAGES * A_BYTES)
+#define A_SCALE_AT (B_AT + STAGES * B_BYTES)
+#define B_SCALE_AT (A_SCALE_AT + STAGES * A_SCALE_BYTES)
+#define BARRIERS_AT (B_SCALE_AT + STAGES * B_SCALE_BYTES)
+
+#define TEXT(x) #x
+#define TEXT_OF(x) TEXT(x)
+#define JOIN(a, b) a##b
+#define JOIN_OF(a, b) JOIN(a, b)
+
+// The operands of a wgmma: two descriptors and a flag (%0 .. %2), then WAVE_N / 2 sums, eight for each step.
+#define NAMES_1 "%3, %4, %5, %6, %7, %8, %9, %10"
+#define NAMES_2 NAMES_1 ", %11, %12, %13, %14, %15, %16, %17, %18"
+#define NAMES_3 NAMES_2 ", %19, %20, %21, %22, %23, %24, %25, %26"
+#define NAMES_4 NAMES_3 ", %27, %28, %29, %30, %31, %32, %33, %34"
+#define NAMES_5 NAMES_4 ", %35, %36, %37, %38, %39, %40, %41, %42"
+#define NAMES_6 NAMES_5 ", %43, %44, %45, %46, %47, %48, %49, %50"
+#define NAMES_7 NAMES_6 ", %51, %52, %53, %54, %55, %56, %57, %58"
+#define NAMES_8 NAMES_7 ", %59, %60, %61, %62, %63, %64, %65, %66"
+#define NAMES_9 NAMES_8 ", %67, %68, %69, %70, %71, %72, %73, %74"
+#define NAMES_10 NAMES_9 ", %75, %76, %77, %78, %79, %80, %81, %82"
+#define NAMES_11 NAMES_10 ", %83, %84, %85, %86, %87, %88, %89, %90"
+#define NAMES_12 NAMES_11 ", %91, %92, %93, %94, %95, %96, %97, %98"
+#define NAMES_13 NAMES_12 ", %99, %100, %101, %102, %103, %104, %105, %106"
+#define NAMES_14 NAMES_13 ", %107, %108, %109, %110, %111, %112, %113, %114"
+#define NAMES_15 NAMES_14 ", %115, %116, %117, %118, %119, %120, %121, %122"
+#define NAMES_16 NAMES_15 ", %123, %124, %125, %126, %127, %128, %129, %130"
+#define EIGHT(d, i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SUMS_1(d) EIGHT(d, 0)
+#define SUMS_2(d) SUMS_1(d), EIGHT(d, 8)
+#define SUMS_3(d) SUMS_2(d), EIGHT(d, 16)
+#define SUMS_4(d) SUMS_3(d), EIGHT(d, 24)
+#define SUMS_5(d) SUMS_4(d), EIGHT(d, 32)
+#define SUMS_6(d) SUMS_5(d), EIGHT(d, 40)
+#define SUMS_7(d) SUMS_6(d), EIGHT(d, 48)
+#define SUMS_8(d) SUMS_7(d), EIGHT(d, 56)
+#define SUMS_9(d) SUMS_8(d), EIGHT(d, 64)
+#define SUMS_10(d) SUMS_9(d), EIGHT(d, 72)
+#define SUMS_11(d) SUMS_10(d), EIGHT(d, 80)
+#define SUMS_12(d) SUMS_11(d), EIGHT(d, 88)
+#define SUMS_13(d) SUMS_12(d), EIGHT(d, 96)
+#define SUMS_14(d) SUMS_13(d), EIGHT(d, 104)
+#define SUMS_15(d) SUMS_14(d), EIGHT(d, 112)
+#define SUMS_16(d) SUMS_15(d), EIGHT(d, 120)
+
+__device__ __forceinline__ void wgmma(float (&d)[WAVE_N / 2], u64 a, u64 b, u32 add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n" TEXT_OF(WAVE_N) "k32.f32.e4m3.e4m3 {" JOIN_OF(NAMES_, WAVE_STEPS)
+        "}, %0, %1, p, 1, 1;\n}\n"
+        : "+l"(a), "+l"(b), "+r"(add), JOIN_OF(SUMS_, WAVE_STEPS)(d));
+}
+
+// The compiler must not move reads or writes of the sums across this point.
+__device__ __forceinline__ void pin(float (&d)[WAVE_N / 2]) {
+#pragma unroll
+    for (int i = 0; i < WAVE_N / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(LEFT) : "memory");
+}
+
+__device__ __forceinline__ void turn_wait(int team) {
+    asm volatile("barrier.sync %0, 256;\n" ::"r"(team + 1) : "memory");
+}
+
+__device__ __forceinline__ void turn_pass(int team) {
+    asm volatile("barrier.arrive %0, 256;\n" ::"r"((team ^ 1) + 1) : "memory");
+}
+
+// A tile of rows of 128 bytes with the 128-byte swizzle: eight rows are 1024 bytes apart from the next eight.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    return (u64)((address & 0x3FFFF) >> 4) | ((u64)1 << 16) | ((u64)(1024 >> 4) << 32) | ((u64)1 << 62);
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    } while (!done);
+}
+
+__device__ __forceinline__ void load_tile(const TensorMap& map, u32 to, u32 barrier, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::
+            "r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row)
+        : "memory");
+}
+
+__device__ __forceinline__ void load_tile_for_all(const TensorMap& map, u32 to, u32 barrier, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;\n" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"((unsigned short)((1 << CLUSTER) - 1))
+        : "memory");
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+
+__device__ __forceinline__ float load_shared(u32 address) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(value) : "r"(address));
+    return value;
+}
+
+__device__ __forceinline__ float2 load_shared_pair(u32 address) {
+    float2 pair;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
+    return pair;
+}
+
+__device__ __forceinline__ u32 bfloat16_pair(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+struct Tile {
+    int row, column;  // of C
+    int group;
+    int first, count;  // blocks of K: where they begin (in units of 128), how many
+};
+
+// The tile that is number `index`, or false past the last one. The whole warp must call it.
+__device__ __forceinline__ bool find_tile(
+    int index, int lane, int rank, int rows, int columns, int k, int groups, const int* ends, Tile& tile) {
+    const int down = (rows + BLOCK_M - 1) / BLOCK_M;
+    const int across = (columns + BLOCK_N * CLUSTER - 1) / (BLOCK_N * CLUSTER);
+    tile.group = 0;
+#if SCHEDULE == 2
+    tile.group = index / (down * across);
+    if (tile.group >= groups) return false;
+    index -= tile.group * down * across;
+#else
+    if (index >= down * across) return false;
+#endif
+    // RASTER rows of tiles are walked together, column by column, so that what runs at one time shares A and B.
+    const int strip = index / (RASTER * across);
+    const int height = min(RASTER, down - strip * RASTER);
+    index -= strip * RASTER * across;
+    tile.row = (strip * RASTER + index % height) * BLOCK_M;
+    tile.column = (index / height * CLUSTER + rank) * BLOCK_N;
+    tile.first = 0;
+    tile.count = (k + BLOCK_K - 1) / BLOCK_K;
+#if SCHEDULE == 1
+    // The group of a row: how many groups end at it or before.
+    for (int first = 0; first < groups; first += 32) {
+        const bool before = first + lane < groups && ends[first + lane] <= tile.row;
+        tile.group += __popc(__ballot_sync(0xFFFFFFFF, before));
+    }
+    if (tile.group >= groups) tile.count = -1;  // past the last group: nothing to do
+#elif SCHEDULE == 2
+    const int begin = tile.group == 0 ? 0 : min(k, ends[tile.group - 1]);
+    tile.first = begin / BLOCK_K;
+    tile.count = (min(k, ends[tile.group]) - begin + BLOCK_K - 1) / BLOCK_K;
+#endif
+    return true;
+}
+
+// Two rows of sums (eight apart) of a wave to memory. A thread holds two neighbouring columns of every eight; groups of
+// four threads exchange theirs first, so that each writes 16 bytes.
+__device__ __forceinline__ void store(
+    const float (&sum)[WAVE_N / 2], void* out, int row, int column, int rows, int columns, int lane) {
+    const int quarter = lane & 3;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const bool inside = row + 8 * half < rows;
+        const u64 start = (u64)(row + 8 * half) * columns;
+#if FLOAT_OUT
+#pragma unroll
+        for (int j = 0; j < WAVE_N / 8; j += 2) {
+            // Even threads end up with four columns of the first eight, odd ones with four of the second.
+            const float a0 = sum[4 * j + 2 * half], a1 = sum[4 * j + 2 * half + 1];
+            const float b0 = sum[4 * j + 4 + 2 * half], b1 = sum[4 * j + 5 + 2 * half];
+            const bool odd = quarter & 1;
+            const float c0 = __shfl_xor_sync(0xFFFFFFFF, odd ? a0 : b0, 1);
+            const float c1 = __shfl_xor_sync(0xFFFFFFFF, odd ? a1 : b1, 1);
+            const float4 four = odd ? make_float4(c0, c1, b0, b1) : make_float4(a0, a1, c0, c1);
+            const int at = column + 8 * (j + (quarter & 1)) + 4 * (quarter >> 1);
+            if (inside && at < columns) *(float4*)((float*)out + start + at) = four;
+        }
+#else
+#pragma unroll
+        for (int j = 0; j < WAVE_N / 8; j += 4) {
+            u32 v[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                v[i] = bfloat16_pair(sum[4 * (j + i) + 2 * half], sum[4 * (j + i) + 2 * half + 1]);
+            // Transpose the four threads' 4 x 4 pairs: first between neighbours, then two apart.
+            const bool odd = quarter & 1, upper = quarter & 2;
+            const u32 x0 = __shfl_xor_sync(0xFFFFFFFF, odd ? v[0] : v[1], 1);
+            const u32 x1 = __shfl_xor_sync(0xFFFFFFFF, odd ? v[2] : v[3], 1);
+            const u32 p0 = odd ? x0 : v[0], p1 = odd ? v[1] : x0;
+            const u32 p2 = odd ? x1 : v[2], p3 = odd ? v[3] : x1;
+            const u32 y0 = __shfl_xor_sync(0xFFFFFFFF, upper ? p0 : p2, 2);
+            const u32 y1 = __shfl_xor_sync(0xFFFFFFFF, upper ? p1 : p3, 2);
+            const uint4 eight = upper ? make_uint4(y0, y1, p2, p3) : make_uint4(p0, p1, y0, y1);
+            const int at = column + 8 * (j + quarter);
+            if (inside && at < columns) *(uint4*)((unsigned short*)out + start + at) = eight;
+        }
+#endif
+    }
+}
+
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
+
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product(
+    const __grid_constant__ TensorMap a_map,
+    const __grid_constant__ TensorMap b_map,
+    const __grid_constant__ TensorMap a_scale_map,
+    const __grid_constant__ TensorMap b_scale_map,
+    const float* __restrict__ b_scale,
+    const int* __restrict__ ends,
+    void* __restrict__ out,
+    int rows,
+    int columns,
+    int k,
+    int groups) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const u32 base = (u32)__cvta_generic_to_shared(shared);
+    const u32 full = base + BARRIERS_AT, empty = full + 8 * STAGES;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; ++s) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, MATHS_WARPS * CLUSTER);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;\n" ::: "memory");
+    }
+    if (CLUSTER > 1) cluster_sync();
+    else __syncthreads();
+
+    int stage = 0;
+    u32 parity = 0;
+    Tile tile;
+    if (warp >= MATHS_WARPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n");
+        if (warp == MATHS_WARPS) {
+            for (int index = blockIdx.x / CLUSTER;
+                 find_tile(index, lane, rank, rows, columns, k, groups, ends, tile);
+                 index += gridDim.x / CLUSTER) {
+                if (lane == 0) {
+                    const int b_row = tile.column + (SCHEDULE == 1 ? tile.group * columns : 0);
+                    for (int block = tile.first; block < tile.first + tile.count; ++block) {
+                        barrier_wait(empty + 8 * stage, parity ^ 1);
+                        const u32 ready = full + 8 * stage;
+                        barrier_expect(ready, STAGE_BYTES);
+#if CLUSTER > 1
+                        const int part = rank * (BLOCK_M / CLUSTER);
+                        load_tile_for_all(
+                            a_map, base + stage * A_BYTES + part * BLOCK_K, ready, block * BLOCK_K, tile.row + part);
+#else
+                        load_tile(a_map, base + stage * A_BYTES, ready, block * BLOCK_K, tile.row);
+#endif
+                        load_tile(b_map, base + B_AT + stage * B_BYTES, ready, block * BLOCK_K, b_row);
+                        load_tile(a_scale_map, base + A_SCALE_AT + stage * A_SCALE_BYTES, ready, tile.row, block);
+#if ROW_SCALES_B
+                        load_tile(b_scale_map, base + B_SCALE_AT + stage * B_SCALE_BYTES, ready, tile.column, block);
+#endif
+                        if (++stage == STAGES) stage = 0, parity ^= 1;
+                    }
+                }
+                __syncwarp();
+            }
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
+        const int team = warp / 4;
+        const int row_in_tile = team * 64 + warp % 4 * 16 + lane / 4;
+        float sum[WAVES][WAVE_N / 2], fresh[WAVE_N / 2];
+        if (ORDER && team == 1) turn_pass(team);
+        for (int index = blockIdx.x / CLUSTER; find_tile(index, lane, rank, rows, columns, k, groups, ends, tile);
+             index += gridDim.x / CLUSTER) {
+#pragma unroll
+            for (int w = 0; w < WAVES; ++w)
+#pragma unroll
+                for (int i = 0; i < WAVE_N / 2; ++i) sum[w][i] = 0.f;
+#if !ROW_SCALES_B
+            // Scales of B are read one block ahead. A wave may straddle two blocks of 128 columns: `near` and `far`.
+            const int scale_rows = (columns + 127) / 128, scale_columns = (k + 127) / 128;
+            const float *near_at[WAVES], *far_at[WAVES];
+            float near_next[WAVES], far_next[WAVES];
+            int straddle[WAVES];  // groups of eight columns before the second block
+#pragma unroll
+            for (int w = 0; w < WAVES; ++w) {
+                const int column = tile.column + w * WAVE_N, u = column / 128;
+                const float* at = b_scale + (u64)(tile.group < groups ? tile.group : 0) * scale_rows * scale_columns;
+                near_at[w] = at + (u64)min(u, scale_rows - 1) * scale_columns;
+                far_at[w] = at + (u64)min(u + 1, scale_rows - 1) * scale_columns;
+                straddle[w] = ((u + 1) * 128 - column) / 8;
+                near_next[w] = __ldg(near_at[w]);
+                far_next[w] = WAVE_N == 128 ? 0.f : __ldg(far_at[w]);
+            }
+#endif
+            for (int block = 0; block < tile.count; ++block) {
+                const u32 a_at = base + stage * A_BYTES + team * 64 * BLOCK_K;
+                const u32 b_at = base + B_AT + stage * B_BYTES;
+                const u32 a_scale_at = base + A_SCALE_AT + stage * A_SCALE_BYTES + row_in_tile * 4;
+#if !ROW_SCALES_B
+                float near[WAVES], far[WAVES];
+#pragma unroll
+                for (int w = 0; w < WAVES; ++w) {
+                    near[w] = near_next[w], far[w] = far_next[w];
+                    if (block + 1 < tile.count) {
+                        near_next[w] = __ldg(near_at[w] + block + 1);
+                        if (WAVE_N != 128) far_next[w] = __ldg(far_at[w] + block + 1);
+                    }
+                }
+#endif
+                barrier_wait(full + 8 * stage, parity);
+                const float a_scale[2] = {load_shared(a_scale_at), load_shared(a_scale_at + 32)};
+#pragma unroll
+                for (int w = 0; w < WAVES; ++w) {
+                    pin(fresh);
+                    if (ORDER) turn_wait(team);
+                    wgmma_begin();
+                    const u64 a = descriptor(a_at), b = descriptor(b_at + w * WAVE_N * BLOCK_K);
+#pragma unroll
+                    for (int step = 0; step < BLOCK_K / 32; ++step) {
+                        wgmma(fresh, a + 2 * step, b + 2 * step, step > 0);
+                        if (ORDER == 2 && step == 2 || step == 3) wgmma_commit();
+                    }
+                    if (ORDER == 1) turn_pass(team);
+#if ROW_SCALES_B
+                    float2 b_pair[WAVE_N / 8];
+                    const u32 b_scale_at = base + B_SCALE_AT + stage * B_SCALE_BYTES + (w * WAVE_N + lane % 4 * 2) * 4;
+#pragma unroll
+                    for (int j = 0; j < WAVE_N / 8; ++j) b_pair[j] = load_shared_pair(b_scale_at + 32 * j);
+#else
+                    const float near0 = a_scale[0] * near[w], near1 = a_scale[1] * near[w];
+                    const float far0 = a_scale[0] * far[w], far1 = a_scale[1] * far[w];
+#endif
+                    if (ORDER == 2) wgmma_wait<1>(), turn_pass(team);
+                    wgmma_wait<0>();
+                    pin(fresh);
+                    if (w == WAVES - 1) {  // the tile has been read: its place is free
+                        __syncwarp();
+                        if (CLUSTER > 1) {
+                            if (lane < CLUSTER) barrier_arrive_at(empty + 8 * stage, lane);
+                        } else if (lane == 0) {
+                            barrier_arrive(empty + 8 * stage);
+                        }
+                    }
+#pragma unroll
+                    for (int j = 0; j < WAVE_N / 8; ++j) {
+#if ROW_SCALES_B
+                        sum[w][4 * j] += fresh[4 * j] * (a_scale[0] * b_pair[j].x);
+                        sum[w][4 * j + 1] += fresh[4 * j + 1] * (a_scale[0] * b_pair[j].y);
+                        sum[w][4 * j + 2] += fresh[4 * j + 2] * (a_scale[1] * b_pair[j].x);
+                        sum[w][4 * j + 3] += fresh[4 * j + 3] * (a_scale[1] * b_pair[j].y);
+#else
+                        const bool first = WAVE_N == 128 || j < straddle[w];
+                        const float scale0 = first ? near0 : far0, scale1 = first ? near1 : far1;
+                        sum[w][4 * j] += fresh[4 * j] * scale0;
+                        sum[w][4 * j + 1] += fresh[4 * j + 1] * scale0;
+                        sum[w][4 * j + 2] += fresh[4 * j + 2] * scale1;
+                        sum[w][4 * j + 3] += fresh[4 * j + 3] * scale1;
+#endif
+                    }
+                }
+                if (++stage == STAGES) stage = 0, parity ^= 1;
+            }
+            if (SCHEDULE == 1 && tile.count < 0) continue;
+            void* to = out;
+            if (SCHEDULE == 2)
+                to = (char*)out + (u64)tile.group * rows * columns * (FLOAT_OUT ? 4 : 2);
+#pragma unroll
+            for (int w = 0; w < WAVES; ++w)
+                store(sum[w], to, tile.row + row_in_tile, tile.column + w * WAVE_N, rows, columns, lane);
+        }
+    }
+    if (CLUSTER > 1) {
+        // A block must not end while the other one still copies into it or signals its barriers.
+        asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
+    }
+}
