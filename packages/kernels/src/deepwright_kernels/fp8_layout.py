@@ -100,3 +100,11 @@ def require_ends(operator: str, ends_E: Tensor, groups: int | None, device: torc
     require_dtype(operator, "ends_E", ends_E, (torch.int32,))
     require_device(operator, "ends_E", ends_E, device)
     require(ends_E.is_contiguous(), operator, "ends_E", f"has the strides {list(ends_E.stride())}; expected contiguous")
+
+
+def ragged_output(columns: int, dtype: torch.dtype) -> str | None:
+    """Why a kernel that writes 16 bytes at a time cannot write rows of so many values, or None."""
+    unit = ROW_BYTES // dtype.itemsize
+    if columns % unit == 0:
+        return None
+    return f"it writes {unit} values at a time and rows of the output have {columns}"

@@ -7,10 +7,23 @@ from torch import Tensor
 
 from .. import dispatch
 from ..arguments import require_device
-from ..fp8_layout import PRODUCTS, require_block_scales, require_ends, require_row_scales, require_values
+from ..fp8_layout import PRODUCTS, ragged_output, require_block_scales, require_ends, require_row_scales, require_values
 
 NAME = "fp8_grouped_matmul"
-dispatch.operator(NAME, {"reference": f"{__name__}.reference:{NAME}"}, cuda=("reference",))
+
+
+def _why_not_hopper(
+    a_TK: Tensor, a_scale_TV: Tensor, b_ENK: Tensor, b_scale_EUV: Tensor, ends_E: Tensor, dtype: torch.dtype
+) -> str | None:
+    return ragged_output(b_ENK.shape[1], dtype)
+
+
+dispatch.operator(
+    NAME,
+    {"reference": f"{__name__}.reference:{NAME}", "cuda": "deepwright_kernels.fp8_matmul.hopper:fp8_grouped_matmul"},
+    cuda=("reference",),
+    needs={"cuda": _why_not_hopper},
+)
 
 
 def fp8_grouped_matmul(

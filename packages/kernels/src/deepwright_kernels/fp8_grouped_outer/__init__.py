@@ -7,10 +7,23 @@ from torch import Tensor
 
 from .. import dispatch
 from ..arguments import require_device
-from ..fp8_layout import PRODUCTS, require_ends, require_row_scales, require_values
+from ..fp8_layout import PRODUCTS, ragged_output, require_ends, require_row_scales, require_values
 
 NAME = "fp8_grouped_outer"
-dispatch.operator(NAME, {"reference": f"{__name__}.reference:{NAME}"}, cuda=("reference",))
+
+
+def _why_not_hopper(
+    a_MT: Tensor, a_scale_MV: Tensor, b_NT: Tensor, b_scale_NV: Tensor, ends_E: Tensor, dtype: torch.dtype
+) -> str | None:
+    return ragged_output(b_NT.shape[0], dtype)
+
+
+dispatch.operator(
+    NAME,
+    {"reference": f"{__name__}.reference:{NAME}", "cuda": "deepwright_kernels.fp8_matmul.hopper:fp8_grouped_outer"},
+    cuda=("reference",),
+    needs={"cuda": _why_not_hopper},
+)
 
 
 def fp8_grouped_outer(

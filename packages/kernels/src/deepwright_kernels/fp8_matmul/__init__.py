@@ -7,10 +7,21 @@ from torch import Tensor
 
 from .. import dispatch
 from ..arguments import require_device, shape_of
-from ..fp8_layout import PRODUCTS, blocks, require_block_scales, require_row_scales, require_values
+from ..fp8_layout import PRODUCTS, blocks, ragged_output, require_block_scales, require_row_scales, require_values
 
 NAME = "fp8_matmul"
-dispatch.operator(NAME, {"reference": f"{__name__}.reference:{NAME}"}, cuda=("reference",))
+
+
+def _why_not_hopper(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype) -> str | None:
+    return ragged_output(b_NK.shape[0], dtype)
+
+
+dispatch.operator(
+    NAME,
+    {"reference": f"{__name__}.reference:{NAME}", "cuda": f"{__name__}.hopper:{NAME}"},
+    cuda=("reference",),
+    needs={"cuda": _why_not_hopper},
+)
 
 
 def fp8_matmul(

@@ -2,7 +2,7 @@
 //
 // One kernel for three operators, by SCHEDULE:
 //   0  dense    A [M, K], B [N, K]                          -> C [M, N]
-//   1  grouped  A [M, K], B [E * N, K], rows in groups      -> C [M, N], rows past the last group untouched
+//   1  grouped  A [M, K], B [E, N, K], rows in groups        -> C [M, N], rows past the last group zero
 //   2  outer    A [M, K], B [N, K], columns in groups       -> C [E, M, N]
 //
 // A block of threads stays on its multiprocessor and takes tile after tile. One warp is the producer: it asks the copy
@@ -157,6 +157,15 @@ __device__ __forceinline__ void load_tile(const TensorMap& map, u32 to, u32 barr
         : "memory");
 }
 
+__device__ __forceinline__ void load_tile_of(
+    const TensorMap& map, u32 to, u32 barrier, int column, int row, int group) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(group)
+        : "memory");
+}
+
 __device__ __forceinline__ void load_tile_for_all(const TensorMap& map, u32 to, u32 barrier, int column, int row) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
@@ -226,7 +235,7 @@ __device__ __forceinline__ bool find_tile(
         const bool before = first + lane < groups && ends[first + lane] <= tile.row;
         tile.group += __popc(__ballot_sync(0xFFFFFFFF, before));
     }
-    if (tile.group >= groups) tile.count = -1;  // past the last group: nothing to do
+    if (tile.group >= groups) tile.count = 0;  // past the last group: zeros
 #elif SCHEDULE == 2
     const int begin = tile.group == 0 ? 0 : min(k, ends[tile.group - 1]);
     tile.first = begin / BLOCK_K;
@@ -324,7 +333,6 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
                  find_tile(index, lane, rank, rows, columns, k, groups, ends, tile);
                  index += gridDim.x / CLUSTER) {
                 if (lane == 0) {
-                    const int b_row = tile.column + (SCHEDULE == 1 ? tile.group * columns : 0);
                     for (int block = tile.first; block < tile.first + tile.count; ++block) {
                         barrier_wait(empty + 8 * stage, parity ^ 1);
                         const u32 ready = full + 8 * stage;
@@ -336,7 +344,12 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
 #else
                         load_tile(a_map, base + stage * A_BYTES, ready, block * BLOCK_K, tile.row);
 #endif
-                        load_tile(b_map, base + B_AT + stage * B_BYTES, ready, block * BLOCK_K, b_row);
+                        const u32 b_to = base + B_AT + stage * B_BYTES;
+#if SCHEDULE == 1
+                        load_tile_of(b_map, b_to, ready, block * BLOCK_K, tile.column, tile.group);
+#else
+                        load_tile(b_map, b_to, ready, block * BLOCK_K, tile.column);
+#endif
                         load_tile(a_scale_map, base + A_SCALE_AT + stage * A_SCALE_BYTES, ready, tile.row, block);
 #if ROW_SCALES_B
                         load_tile(b_scale_map, base + B_SCALE_AT + stage * B_SCALE_BYTES, ready, tile.column, block);
@@ -444,7 +457,6 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
                 }
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
-            if (SCHEDULE == 1 && tile.count < 0) continue;
             void* to = out;
             if (SCHEDULE == 2)
                 to = (char*)out + (u64)tile.group * rows * columns * (FLOAT_OUT ? 4 : 2);
