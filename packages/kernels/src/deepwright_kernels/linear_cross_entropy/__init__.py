@@ -14,8 +14,9 @@ dispatch.operator(
     {
         "reference": f"{__name__}.reference:linear_cross_entropy",
         "torch": f"{__name__}.chunked:linear_cross_entropy",
+        "triton": f"{__name__}.triton:linear_cross_entropy",
     },
-    cuda=("torch",),
+    cuda=("triton", "torch"),
     elsewhere=("torch",),
 )
 

@@ -1,0 +1,149 @@
+"""The loss of a linear head in slices of the vocabulary: kernels against reference."""
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepwright_kernels import dispatch, linear_cross_entropy
+
+from .sides import DEVICE, OPCHECKS, TOLERANCE, draw
+
+NAME = "linear_cross_entropy"
+IGNORED = -100
+
+
+@pytest.fixture
+def narrow_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer so small that the vocabulary comes in slices of 32 for 16 tokens in float32."""
+    triton = importlib.import_module("deepwright_kernels.linear_cross_entropy.triton")
+    monkeypatch.setattr(triton, "BUFFER_BYTES", 16 * 32 * 4)
+    monkeypatch.setattr(triton, "COLUMNS_MULTIPLE", 16)
+
+
+def sample(
+    tokens: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    targets_T = torch.randint(vocabulary, (tokens,), device=DEVICE)
+    targets_T[1::4] = IGNORED
+    return draw(tokens, width, dtype=dtype, grad=True), draw(vocabulary, width, dtype=dtype, grad=True), targets_T
+
+
+def results(function, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *rest) -> tuple[Tensor, ...]:
+    """(loss, entropy, gradients); the upstream gradient differs from token to token."""
+    loss_T, entropy_T = function(hidden_TD, weight_VD, targets_T, *rest)
+    assert not entropy_T.requires_grad
+    upstream_T = torch.linspace(-1, 2, len(loss_T), device=loss_T.device)
+    return loss_T, entropy_T, *torch.autograd.grad(loss_T, (hidden_TD, weight_VD), upstream_T)
+
+
+def agree(arguments: tuple, tolerance: dict[str, float]) -> tuple[Tensor, ...]:
+    have = results(dispatch.load(NAME, "triton"), *arguments)
+    want = results(dispatch.load(NAME, "reference"), *arguments)
+    for a, b in zip(have, want, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, **tolerance)
+    return have
+
+
+@pytest.mark.usefixtures("narrow_slices")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("tokens", "vocabulary", "chunk"), [(13, 70, None), (20, 33, 8), (1, 1, None), (16, 65, 16)])
+def test_slices_of_the_vocabulary_and_blocks_of_tokens(
+    tokens: int, vocabulary: int, chunk: int | None, dtype: torch.dtype
+) -> None:
+    agree((*sample(tokens, 12, vocabulary, dtype), IGNORED, chunk, 0.7), TOLERANCE[dtype])
+
+
+def test_one_slice_with_several_blocks_of_columns() -> None:
+    agree((*sample(3, 8, 2500), IGNORED, None, 1.0), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_nothing_to_learn(tokens: int) -> None:
+    hidden_TD, weight_VD, targets_T = sample(tokens, 6, 9)
+    for result in results(linear_cross_entropy, hidden_TD, weight_VD, torch.full_like(targets_T, IGNORED)):
+        assert not result.any()
+
+
+@pytest.mark.usefixtures("narrow_slices")
+@pytest.mark.parametrize("tokens", [7, 33])
+def test_a_weight_in_float32_beside_hidden_states_in_bfloat16(tokens: int) -> None:
+    hidden_TD, weight_VD, targets_T = sample(tokens, 16, 50)
+    hidden_TD = hidden_TD.detach().bfloat16().requires_grad_()
+    *_, grad_hidden_TD, grad_weight_VD = agree(
+        (hidden_TD, weight_VD, targets_T, IGNORED, 16), TOLERANCE[torch.bfloat16]
+    )
+    assert (grad_hidden_TD.dtype, grad_weight_VD.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.usefixtures("narrow_slices")
+def test_huge_logits() -> None:
+    hidden_TD, weight_VD, targets_T = sample(16, 6, 70)
+    hidden_TD = (hidden_TD.detach() * 1e4).requires_grad_()
+    loss_T, entropy_T, *gradients = agree((hidden_TD, weight_VD, targets_T), {"rtol": 1e-3, "atol": 1e-3})
+    for tensor in (loss_T, entropy_T, *gradients):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.usefixtures("narrow_slices")
+def test_only_the_gradients_that_are_asked_for() -> None:
+    hidden_TD, weight_VD, targets_T = sample(9, 6, 40)
+    both = torch.autograd.grad(linear_cross_entropy(hidden_TD, weight_VD, targets_T)[0].sum(), (hidden_TD, weight_VD))
+    frozen = linear_cross_entropy(hidden_TD, weight_VD.detach(), targets_T)[0].sum()
+    torch.testing.assert_close(torch.autograd.grad(frozen, hidden_TD)[0], both[0])
+    alone = linear_cross_entropy(hidden_TD.detach(), weight_VD, targets_T)[0].sum()
+    torch.testing.assert_close(torch.autograd.grad(alone, weight_VD)[0], both[1])
+
+
+@pytest.mark.usefixtures("narrow_slices")
+def test_the_same_every_time() -> None:
+    arguments = sample(21, 6, 70)
+    first, second = (results(linear_cross_entropy, *arguments) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_strided_hidden_and_a_slice_of_a_weight() -> None:
+    hidden_TD, weight_VD, targets_T = sample(9, 24, 40)
+    arguments = (hidden_TD.detach()[:, ::2].requires_grad_(), weight_VD.detach()[5:, 12:].requires_grad_())
+    agree((*arguments, targets_T.clamp(max=30)), TOLERANCE[torch.float32])
+
+
+def test_operators_are_registered_as_torch_expects() -> None:
+    operators = torch.ops.deepwright
+    hidden_TD, weight_VD, targets_T = sample(5, 6, 9)
+    constants = (IGNORED, None, 0.9)
+    torch.library.opcheck(
+        operators.linear_cross_entropy, (hidden_TD, weight_VD, targets_T, *constants), test_utils=OPCHECKS
+    )
+    partition_T = operators.linear_cross_entropy(hidden_TD, weight_VD, targets_T, *constants)[2].detach()
+    for asked in ((True, True), (False, True)):
+        torch.library.opcheck(
+            operators.linear_cross_entropy_backward,
+            (
+                torch.randn_like(partition_T),
+                hidden_TD.detach(),
+                weight_VD.detach(),
+                targets_T,
+                partition_T,
+                *constants,
+                *asked,
+            ),
+            test_utils=OPCHECKS,
+        )
+
+
+def test_compiled_whole() -> None:
+    hidden_TD, weight_VD, targets_T = sample(9, 6, 40)
+
+    def mean(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        loss_T, entropy_T = linear_cross_entropy(hidden_TD * 2, weight_VD, targets_T)
+        return loss_T.mean() + entropy_T.sum()
+
+    compiled = torch.compile(mean, fullgraph=True, backend="aot_eager")
+    leaves = (hidden_TD, weight_VD)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(mean(*leaves), leaves)
+    )
