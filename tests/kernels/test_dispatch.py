@@ -31,19 +31,23 @@ def _without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_operator_has_a_reference() -> None:
     assert sorted(operators()) == [
+        "add_rms_norm",
         "dequantise_fp8_blocks",
         "fp8_grouped_matmul",
         "fp8_grouped_outer",
         "fp8_matmul",
         "grouped_linear",
+        "latent_cache_write",
         "linear_cross_entropy",
         "mla_paged_decode",
+        "newton_schulz",
         "quantise_fp8_blocks",
         "quantise_fp8_columns",
         "quantise_fp8_rows",
         "quantise_fp8_rows_and_columns",
         "rms_norm",
         "rotary",
+        "rotary_tail",
         "swiglu_backward_quantise_fp8",
         "swiglu_quantise_fp8",
     ]

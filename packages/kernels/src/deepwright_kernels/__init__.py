@@ -9,14 +9,17 @@ from .fp8_matmul import fp8_matmul
 from .fp8_rows import quantise_fp8_columns, quantise_fp8_rows, quantise_fp8_rows_and_columns
 from .fp8_swiglu import swiglu_backward_quantise_fp8, swiglu_quantise_fp8
 from .grouped_linear import grouped_linear
+from .latent_cache_write import latent_cache_write
 from .linear_cross_entropy import linear_cross_entropy
 from .mla_paged_decode import mla_paged_decode
-from .rms_norm import rms_norm
-from .rotary import rotary
+from .newton_schulz import newton_schulz
+from .rms_norm import add_rms_norm, rms_norm
+from .rotary import rotary, rotary_tail
 
 __all__ = [
     "BackendWarning",
     "add_backend",
+    "add_rms_norm",
     "backend_for",
     "choices",
     "configure",
@@ -27,8 +30,10 @@ __all__ = [
     "fp8_linear",
     "fp8_matmul",
     "grouped_linear",
+    "latent_cache_write",
     "linear_cross_entropy",
     "mla_paged_decode",
+    "newton_schulz",
     "operators",
     "quantise_fp8_blocks",
     "quantise_fp8_columns",
@@ -36,6 +41,7 @@ __all__ = [
     "quantise_fp8_rows_and_columns",
     "rms_norm",
     "rotary",
+    "rotary_tail",
     "swiglu_backward_quantise_fp8",
     "swiglu_quantise_fp8",
 ]

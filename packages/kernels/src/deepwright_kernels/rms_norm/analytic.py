@@ -45,3 +45,9 @@ class _RmsNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D], weight [D] -> [..., D] in x's dtype."""
     return _RmsNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), both [..., D] in the residual's dtype."""
+    summed = (x + residual).to(residual.dtype)
+    return _RmsNorm.apply(summed, weight, eps), summed

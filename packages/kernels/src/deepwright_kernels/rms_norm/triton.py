@@ -1,8 +1,10 @@
-"""Root-mean-square norm as Triton kernels: one pass forward, one pass backward.
+"""Root-mean-square norm, alone or after a residual addition, as Triton kernels: one pass forward, one pass backward.
 
-Forward, a program owns a row and keeps 1/rms of it for the backward pass. Backward, a fixed number of programs walk
-over the rows and each sums the weight's gradient of its rows; the partial sums are added up at the end, in the same
-order every time, so the result does not change from run to run. A row has to fit into one program.
+A program owns a tile of whole rows: one of a wide model, several of a narrow latent, so that there is always enough to
+load at once. Forward, 1/rms of each row is kept for the backward pass. Backward, a fixed number of programs walk over
+the rows, loading the next while they work on the last, and each sums the weight's gradient of its rows; the partial
+sums are added up at the end, in the same order every time, so the result does not change from run to run. A row has to
+fit into one program.
 
 Shapes: T rows, D columns, G programs of the backward pass.
 """
@@ -13,45 +15,87 @@ import triton.language as tl
 from torch import Tensor
 
 LARGEST_ROW = 65536
+TILE = 4096  # values of a tile, where rows are shorter than that
 BACKWARD_PROGRAMS_PER_PROCESSOR = 4
 BACKWARD_PROGRAMS_ON_CPU = 4  # the interpreter runs them one after another
 
 
 @triton.jit
-def _forward_kernel(x_ptr, weight_ptr, y_ptr, scale_ptr, x_stride, columns, eps, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    normed_ptr,
+    summed_ptr,
+    scale_ptr,
+    x_stride,
+    residual_stride,
+    rows,
+    columns,
+    eps,
+    ADD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offset_D = tl.arange(0, BLOCK_D)
     inside_D = offset_D < columns
-    x_D = tl.load(x_ptr + row * x_stride + offset_D, mask=inside_D, other=0.0).to(tl.float32)
+    inside_TD = (row_T < rows)[:, None] & inside_D[None, :]
+    x_TD = tl.load(x_ptr + (row_T * x_stride)[:, None] + offset_D[None, :], mask=inside_TD, other=0.0).to(tl.float32)
+    here_TD = (row_T * columns)[:, None] + offset_D[None, :]
+    if ADD:
+        residual_TD = tl.load(
+            residual_ptr + (row_T * residual_stride)[:, None] + offset_D[None, :], mask=inside_TD, other=0.0
+        )
+        summed_TD = (x_TD + residual_TD.to(tl.float32)).to(summed_ptr.dtype.element_ty)
+        tl.store(summed_ptr + here_TD, summed_TD, mask=inside_TD)
+        x_TD = summed_TD.to(tl.float32)  # rounded: the backward pass finds no more than this
     weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x_D * x_D, axis=0) / columns + eps)
-    tl.store(scale_ptr + row, scale)
-    y_D = x_D * scale * weight_D
-    tl.store(y_ptr + row * columns + offset_D, y_D.to(y_ptr.dtype.element_ty), mask=inside_D)
+    scale_T = tl.rsqrt(tl.sum(x_TD * x_TD, axis=1) / columns + eps)
+    tl.store(scale_ptr + row_T, scale_T, mask=row_T < rows)
+    normed_TD = x_TD * scale_T[:, None] * weight_D[None, :]
+    tl.store(normed_ptr + here_TD, normed_TD.to(normed_ptr.dtype.element_ty), mask=inside_TD)
 
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, x_ptr, weight_ptr, scale_ptr, grad_x_ptr, grad_weight_ptr, x_stride, rows, columns, BLOCK_D: tl.constexpr
+    grad_ptr,
+    grad_summed_ptr,
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    grad_x_ptr,
+    grad_weight_ptr,
+    x_stride,
+    rows,
+    columns,
+    ADD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # With n = x · scale and y = n · w: dx = scale · (g·w − n · mean(g·w·n)), dw = Σ_rows g · n.
     program = tl.program_id(0)
     offset_D = tl.arange(0, BLOCK_D)
     inside_D = offset_D < columns
     weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
-    grad_weight_D = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for row_index in range(program, rows, tl.num_programs(0)):
-        row = tl.cast(row_index, tl.int64)
-        x_D = tl.load(x_ptr + row * x_stride + offset_D, mask=inside_D, other=0.0).to(tl.float32)
-        grad_D = tl.load(grad_ptr + row * columns + offset_D, mask=inside_D, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + row)
-        normed_D = x_D * scale
-        grad_normed_D = grad_D * weight_D
-        mean = tl.sum(grad_normed_D * normed_D, axis=0) / columns
-        grad_x_D = (grad_normed_D - normed_D * mean) * scale
-        tl.store(grad_x_ptr + row * columns + offset_D, grad_x_D.to(grad_x_ptr.dtype.element_ty), mask=inside_D)
-        grad_weight_D += grad_D * normed_D
-    tl.store(grad_weight_ptr + program * columns + offset_D, grad_weight_D, mask=inside_D)
+    grad_weight_TD = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    for start in tl.range(program * BLOCK_T, rows, tl.num_programs(0) * BLOCK_T, num_stages=STAGES):
+        row_T = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
+        inside_TD = (row_T < rows)[:, None] & inside_D[None, :]
+        here_TD = (row_T * columns)[:, None] + offset_D[None, :]
+        x_TD = tl.load(x_ptr + (row_T * x_stride)[:, None] + offset_D[None, :], mask=inside_TD, other=0.0)
+        grad_TD = tl.load(grad_ptr + here_TD, mask=inside_TD, other=0.0).to(tl.float32)
+        scale_T = tl.load(scale_ptr + row_T, mask=row_T < rows, other=0.0)
+        normed_TD = x_TD.to(tl.float32) * scale_T[:, None]
+        grad_normed_TD = grad_TD * weight_D[None, :]
+        mean_T = tl.sum(grad_normed_TD * normed_TD, axis=1) / columns
+        grad_x_TD = (grad_normed_TD - normed_TD * mean_T[:, None]) * scale_T[:, None]
+        if ADD:
+            grad_x_TD += tl.load(grad_summed_ptr + here_TD, mask=inside_TD, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + here_TD, grad_x_TD.to(grad_x_ptr.dtype.element_ty), mask=inside_TD)
+        grad_weight_TD += grad_TD * normed_TD
+    tl.store(grad_weight_ptr + program * columns + offset_D, tl.sum(grad_weight_TD, axis=0), mask=inside_D)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -60,22 +104,86 @@ def _rows(x: Tensor) -> Tensor:
     return x_TD if x_TD.stride(-1) == 1 else x_TD.contiguous()
 
 
-def _warps(block: int) -> int:
-    return min(16, max(1, block // 256))
+def _tile(columns: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and its warps: 16 values a thread, 8 of them side by side in a load."""
+    block = triton.next_power_of_2(columns)
+    block_rows = max(1, TILE // block)
+    return block_rows, block, min(16, max(1, block_rows * block // 512))
+
+
+def _launch_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(normed, x + residual (empty without one), 1/rms of each row)."""
+    x_TD = _rows(x)
+    residual_TD = x_TD if residual is None else _rows(residual)
+    rows, columns = x_TD.shape
+    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+    summed = torch.empty(x.shape if residual is not None else 0, dtype=dtype, device=x.device)
+    scale_T = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        block_rows, block, warps = _tile(columns)
+        _forward_kernel[(triton.cdiv(rows, block_rows),)](
+            x_TD,
+            residual_TD,
+            weight.contiguous(),
+            normed,
+            summed,
+            scale_T,
+            x_TD.stride(0),
+            residual_TD.stride(0),
+            rows,
+            columns,
+            eps,
+            ADD=residual is not None,
+            BLOCK_T=block_rows,
+            BLOCK_D=block,
+            num_warps=warps,
+        )
+    return normed, summed, scale_T
+
+
+def _launch_backward(
+    grad: Tensor, grad_summed: Tensor | None, x: Tensor, weight: Tensor, scale_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (with that of the sum added, if there is one) and of the weight."""
+    x_TD, grad_TD = _rows(x), grad.reshape(-1, x.shape[-1]).contiguous()
+    rows, columns = x_TD.shape
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not rows:
+        return grad_x, torch.zeros_like(weight)
+    block_rows, block, warps = _tile(columns)
+    if x.is_cuda:
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        most = BACKWARD_PROGRAMS_PER_PROCESSOR * processors
+    else:
+        most = BACKWARD_PROGRAMS_ON_CPU
+    programs = min(triton.cdiv(rows, block_rows), most)
+    partial_GD = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
+    _backward_kernel[(programs,)](
+        grad_TD,
+        grad_TD if grad_summed is None else grad_summed.contiguous(),
+        x_TD,
+        weight.contiguous(),
+        scale_T,
+        grad_x,
+        partial_GD,
+        x_TD.stride(0),
+        rows,
+        columns,
+        ADD=grad_summed is not None,
+        BLOCK_T=block_rows,
+        BLOCK_D=block,
+        STAGES=2,
+        num_warps=warps,
+    )
+    return grad_x, partial_GD.sum(0).to(weight.dtype)
 
 
 @torch.library.custom_op("deepwright::rms_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x_TD = _rows(x)
-    rows, columns = x_TD.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    scale_T = torch.empty(rows, dtype=torch.float32, device=x.device)
-    if rows:
-        block = triton.next_power_of_2(columns)
-        _forward_kernel[(rows,)](
-            x_TD, weight.contiguous(), y, scale_T, x_TD.stride(0), columns, eps, BLOCK_D=block, num_warps=_warps(block)
-        )
-    return y, scale_T
+    normed, _, scale_T = _launch_forward(x, None, weight, eps, x.dtype)
+    return normed, scale_T
 
 
 @_forward.register_fake
@@ -86,32 +194,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("deepwright::rms_norm_backward", mutates_args=())
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
-    x_TD, grad_TD = _rows(x), grad.reshape(-1, x.shape[-1]).contiguous()
-    rows, columns = x_TD.shape
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not rows:
-        return grad_x, torch.zeros_like(weight)
-    if x.is_cuda:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        programs = min(rows, BACKWARD_PROGRAMS_PER_PROCESSOR * processors)
-    else:
-        programs = min(rows, BACKWARD_PROGRAMS_ON_CPU)
-    partial_GD = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(columns)
-    _backward_kernel[(programs,)](
-        grad_TD,
-        x_TD,
-        weight.contiguous(),
-        scale_T,
-        grad_x,
-        partial_GD,
-        x_TD.stride(0),
-        rows,
-        columns,
-        BLOCK_D=block,
-        num_warps=_warps(block),
-    )
-    return grad_x, partial_GD.sum(0).to(weight.dtype)
+    return _launch_backward(grad, None, x, weight, scale_T)
 
 
 @_backward.register_fake
@@ -122,17 +205,74 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, scale_T: Tensor) -> tuple[Tensor,
 def _keep(ctx, inputs, output) -> None:
     x, weight, _eps = inputs
     ctx.save_for_backward(x, weight, output[1])
+    ctx.set_materialize_grads(False)  # nobody asks for the gradient of 1/rms: no zeros for it
 
 
 def _gradients(ctx, grad, _grad_scale):
-    return (*_backward(grad, *ctx.saved_tensors), None)
+    return (None, None, None) if grad is None else (*_backward(grad, *ctx.saved_tensors), None)
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
 
 
+@torch.library.custom_op("deepwright::add_rms_norm", mutates_args=())
+def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch_forward(x, residual, weight, eps, residual.dtype)
+
+
+@_add_forward.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    normed, summed = (torch.empty(x.shape, dtype=residual.dtype, device=x.device) for _ in range(2))
+    return normed, summed, x.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("deepwright::add_rms_norm_backward", mutates_args=())
+def _add_backward(
+    grad: Tensor, grad_summed: Tensor | None, summed: Tensor, weight: Tensor, scale_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _launch_backward(grad, grad_summed, summed, weight, scale_T)
+
+
+@_add_backward.register_fake
+def _(
+    grad: Tensor, grad_summed: Tensor | None, summed: Tensor, weight: Tensor, scale_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty(summed.shape, dtype=summed.dtype, device=summed.device), torch.empty_like(weight)
+
+
+def _add_keep(ctx, inputs, output) -> None:
+    x, _residual, weight, _eps = inputs
+    _normed, summed, scale_T = output
+    ctx.save_for_backward(summed, weight, scale_T)
+    ctx.x_dtype = x.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _add_gradients(ctx, grad, grad_summed, _grad_scale):
+    grad_weight = None
+    if grad is not None:
+        grad_summed, grad_weight = _add_backward(grad, grad_summed, *ctx.saved_tensors)
+    grad_x = None if grad_summed is None else grad_summed.to(ctx.x_dtype)
+    return grad_x, grad_summed, grad_weight, None
+
+
+_add_forward.register_autograd(_add_gradients, setup_context=_add_keep)
+
+
+def _require_narrow(operator: str, x: Tensor) -> None:
+    if x.shape[-1] > LARGEST_ROW:
+        raise ValueError(f"{operator}: x has {x.shape[-1]} columns; the triton backend takes at most {LARGEST_ROW}.")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D], weight [D] -> [..., D] in x's dtype."""
-    if x.shape[-1] > LARGEST_ROW:
-        raise ValueError(f"rms_norm: x has {x.shape[-1]} columns; the triton backend takes at most {LARGEST_ROW}.")
+    _require_narrow("rms_norm", x)
     return _forward(x, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), both in the residual's dtype."""
+    _require_narrow("add_rms_norm", x)
+    normed, summed, _ = _add_forward(x, residual, weight, eps)
+    return normed, summed

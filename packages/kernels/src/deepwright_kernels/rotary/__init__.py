@@ -1,4 +1,5 @@
-"""Rotary position embedding over interleaved pairs, with a gradient for the input."""
+"""Rotary position embedding over interleaved pairs, of a whole vector or of its last part, with a gradient for the
+input."""
 
 from __future__ import annotations
 
@@ -8,16 +9,30 @@ from torch import Tensor
 from .. import dispatch
 from ..arguments import FLOATS, require, require_device, require_dtype, shape_of
 
-NAME = "rotary"
-dispatch.operator(
-    NAME,
-    {
-        "reference": f"{__name__}.reference:rotary",
-        "triton": f"{__name__}.triton:rotary",
-        "torch": f"{__name__}.complex_product:rotary",
-    },
-    elsewhere=("torch", "reference"),
-)
+ROTARY, TAIL = "rotary", "rotary_tail"
+for name in (ROTARY, TAIL):
+    dispatch.operator(
+        name,
+        {
+            "reference": f"{__name__}.reference:{name}",
+            "triton": f"{__name__}.triton:{name}",
+            "torch": f"{__name__}.complex_product:{name}",
+        },
+        elsewhere=("torch", "reference"),
+    )
+
+
+def _check_angles(operator: str, x: Tensor, cos: Tensor, sin: Tensor, pairs: int) -> None:
+    require(cos.shape == sin.shape, operator, "sin", f"has shape {shape_of(sin)} and cos {shape_of(cos)}; expected equal")
+    target = (*x.shape[:-1], pairs)
+    for argument, tensor in (("cos", cos), ("sin", sin)):
+        require_dtype(operator, argument, tensor, FLOATS)
+        require_device(operator, argument, tensor, x.device)
+        try:
+            fits = torch.broadcast_shapes(tensor.shape, target) == target and tensor.shape[-1:] == target[-1:]
+        except RuntimeError:
+            fits = False
+        require(fits, operator, argument, f"has shape {shape_of(tensor)}, which does not broadcast to {list(target)}")
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -26,17 +41,28 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x [..., R]; cos and sin [..., R/2] with the same shape, broadcastable to x's leading dimensions: for x [B, S, H, R]
     give [B, S, 1, R/2] or [S, 1, R/2]. They get no gradient.
     """
-    require_dtype(NAME, "x", x, FLOATS)
-    require(x.ndim >= 1 and x.shape[-1] % 2 == 0, NAME, "x", f"has shape {shape_of(x)}; expected an even last size")
-    require(cos.shape == sin.shape, NAME, "sin", f"has shape {shape_of(sin)} and cos {shape_of(cos)}; expected equal")
-    target = (*x.shape[:-1], x.shape[-1] // 2)
-    for argument, tensor in (("cos", cos), ("sin", sin)):
-        require_dtype(NAME, argument, tensor, FLOATS)
-        require_device(NAME, argument, tensor, x.device)
-        try:
-            fits = torch.broadcast_shapes(tensor.shape, target) == target and tensor.shape[-1:] == target[-1:]
-        except RuntimeError:
-            fits = False
-        require(fits, NAME, argument, f"has shape {shape_of(tensor)}, which does not broadcast to {list(target)}")
-    y: Tensor = dispatch.run(NAME, x, cos, sin)
+    require_dtype(ROTARY, "x", x, FLOATS)
+    require(x.ndim >= 1 and x.shape[-1] % 2 == 0, ROTARY, "x", f"has shape {shape_of(x)}; expected an even last size")
+    _check_angles(ROTARY, x, cos, sin, x.shape[-1] // 2)
+    y: Tensor = dispatch.run(ROTARY, x, cos, sin)
+    return y
+
+
+def rotary_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., P + R] with its last R values turned as `rotary` does and the first P as they are, in one pass.
+
+    cos and sin [..., R/2] say what R is; otherwise as for `rotary`. For the queries of latent attention, [nope | rope].
+    """
+    require_dtype(TAIL, "x", x, FLOATS)
+    require(x.ndim >= 1, TAIL, "x", "has no dimensions; expected [..., P + R]")
+    require(cos.ndim >= 1, TAIL, "cos", "has no dimensions; expected [..., R/2]")
+    pairs = cos.shape[-1]
+    require(
+        2 * pairs <= x.shape[-1],
+        TAIL,
+        "cos",
+        f"has {pairs} angles, which turn {2 * pairs} values, and x has {x.shape[-1]}; expected at most half as many",
+    )
+    _check_angles(TAIL, x, cos, sin, pairs)
+    y: Tensor = dispatch.run(TAIL, x, cos, sin)
     return y

@@ -1,9 +1,11 @@
 """Rotary position embedding as one Triton kernel; the backward pass is the same kernel, turning the other way.
 
-A program turns a few rows. It loads pairs side by side and separates them in registers, so memory is read in order.
-Strides stand for broadcasting: cos and sin are not copied, and x may be a slice of a wider tensor.
+A program takes all of a token's heads (or, of few heads, several tokens), so that an angle is loaded once for them.
+It loads pairs side by side and separates them in registers, so memory is read in order. What stands before the rotated
+part of a head is copied along by `rotary_tail`. Strides stand for broadcasting: cos and sin are not copied, and x may
+be a slice of a wider tensor.
 
-Shapes: T rows, R the rotated dimension, F = R / 2 pairs.
+Shapes: T tokens (of two leading dimensions), H heads, R the rotated dimension, F = R / 2 pairs, P what stands before it.
 """
 
 import torch
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-VALUES_PER_PROGRAM = 2048
+VALUES_PER_PROGRAM = 8192
 LEADING = 3
 
 
@@ -21,44 +23,59 @@ def _kernel(
     cos_ptr,
     sin_ptr,
     y_ptr,
-    rows,
-    width,
+    tokens,
     size_1,
-    size_2,
+    heads,
+    kept,
+    rotated,
     x_stride_0,
     x_stride_1,
-    x_stride_2,
+    x_stride_head,
     angle_stride_0,
     angle_stride_1,
-    angle_stride_2,
+    angle_stride_head,
     angle_stride_pair,
     INVERSE: tl.constexpr,
+    ANGLE_PER_HEAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    row_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    index_2_T = row_T % size_2
-    index_1_T = (row_T // size_2) % size_1
-    index_0_T = row_T // (size_2 * size_1)
-    column_R = tl.arange(0, 2 * BLOCK_F)
-    pair_F = tl.arange(0, BLOCK_F)
-    inside_TR = (row_T < rows)[:, None] & (column_R < width)[None, :]
-    inside_TF = (row_T < rows)[:, None] & (2 * pair_F < width)[None, :]
+    token_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    index_0_T, index_1_T = token_T // size_1, token_T % size_1
+    real_T, real_H = token_T < tokens, head_H < heads
+    real_TH1 = (real_T[:, None] & real_H[None, :])[:, :, None]
+    width = kept + rotated
+    x_TH1 = x_ptr + ((index_0_T * x_stride_0 + index_1_T * x_stride_1)[:, None] + head_H * x_stride_head)[:, :, None]
+    y_TH1 = y_ptr + ((token_T * heads * width)[:, None] + head_H * width)[:, :, None]
 
-    start_T = index_0_T * x_stride_0 + index_1_T * x_stride_1 + index_2_T * x_stride_2
-    x_TR = tl.load(x_ptr + start_T[:, None] + column_R[None, :], mask=inside_TR, other=0.0).to(tl.float32)
-    even_TF, odd_TF = tl.split(tl.reshape(x_TR, (BLOCK_T, BLOCK_F, 2)))
+    if BLOCK_P:
+        column_P = tl.arange(0, BLOCK_P)[None, None, :]
+        inside_THP = real_TH1 & (column_P < kept)
+        tl.store(y_TH1 + column_P, tl.load(x_TH1 + column_P, mask=inside_THP, other=0.0), mask=inside_THP)
 
-    angle_T = index_0_T * angle_stride_0 + index_1_T * angle_stride_1 + index_2_T * angle_stride_2
-    angle_TF = angle_T[:, None] + (pair_F * angle_stride_pair)[None, :]
-    cos_TF = tl.load(cos_ptr + angle_TF, mask=inside_TF, other=0.0).to(tl.float32)
-    sin_TF = tl.load(sin_ptr + angle_TF, mask=inside_TF, other=0.0).to(tl.float32)
+    column_R = tl.arange(0, 2 * BLOCK_F)[None, None, :]
+    inside_THR = real_TH1 & (column_R < rotated)
+    x_THR = tl.load(x_TH1 + (kept + column_R), mask=inside_THR, other=0.0).to(tl.float32)
+    even_THF, odd_THF = tl.split(tl.reshape(x_THR, (BLOCK_T, BLOCK_H, BLOCK_F, 2)))
+
+    pair_F = tl.arange(0, BLOCK_F)[None, None, :]
+    angle_T11 = (index_0_T * angle_stride_0 + index_1_T * angle_stride_1)[:, None, None]
+    angle_THF = angle_T11 + pair_F * angle_stride_pair
+    known_THF = real_T[:, None, None] & (2 * pair_F < rotated)
+    if ANGLE_PER_HEAD:
+        angle_THF += (head_H * angle_stride_head)[None, :, None]
+        known_THF = known_THF & real_H[None, :, None]
+    cos_THF = tl.load(cos_ptr + angle_THF, mask=known_THF, other=0.0).to(tl.float32)
+    sin_THF = tl.load(sin_ptr + angle_THF, mask=known_THF, other=0.0).to(tl.float32)
     if INVERSE:
-        sin_TF = -sin_TF
+        sin_THF = -sin_THF
 
-    y_TF2 = tl.join(even_TF * cos_TF - odd_TF * sin_TF, even_TF * sin_TF + odd_TF * cos_TF)
-    y_TR = tl.reshape(y_TF2, (BLOCK_T, 2 * BLOCK_F))
-    tl.store(y_ptr + row_T[:, None] * width + column_R[None, :], y_TR.to(y_ptr.dtype.element_ty), mask=inside_TR)
+    y_THF2 = tl.join(even_THF * cos_THF - odd_THF * sin_THF, even_THF * sin_THF + odd_THF * cos_THF)
+    y_THR = tl.reshape(y_THF2, (BLOCK_T, BLOCK_H, 2 * BLOCK_F))
+    tl.store(y_TH1 + (kept + column_R), y_THR.to(y_ptr.dtype.element_ty), mask=inside_THR)
 
 
 def _three_leading(tensor: Tensor) -> Tensor:
@@ -73,30 +90,37 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    width = x.shape[-1]
-    angles_shape = (*x.shape[:-1], width // 2)
+    width, pairs = x.shape[-1], cos.shape[-1]
+    kept = width - 2 * pairs
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    x_3R = _three_leading(x if x.stride(-1) == 1 else x.contiguous())
-    cos_3F, sin_3F = (_three_leading(angle.expand(angles_shape)) for angle in (cos, sin))
-    rows = x.numel() // width
-    block_pairs = triton.next_power_of_2(width // 2)
-    block_rows = max(1, min(VALUES_PER_PROGRAM // (2 * block_pairs), triton.next_power_of_2(rows)))
-    _kernel[(triton.cdiv(rows, block_rows),)](
-        x_3R,
-        cos_3F,
-        sin_3F,
+    x_0THD = _three_leading(x if x.stride(-1) == 1 else x.contiguous())
+    cos_0THF, sin_0THF = (_three_leading(angle.expand(*x.shape[:-1], pairs)) for angle in (cos, sin))
+    size_0, size_1, heads = x_0THD.shape[:LEADING]
+    block_pairs = triton.next_power_of_2(pairs)
+    block_kept = triton.next_power_of_2(kept) if kept else 0
+    block_rows = max(1, VALUES_PER_PROGRAM // (2 * block_pairs + block_kept))
+    block_heads = min(triton.next_power_of_2(heads), block_rows)
+    block_tokens = min(triton.next_power_of_2(size_0 * size_1), max(1, block_rows // block_heads))
+    _kernel[(triton.cdiv(size_0 * size_1, block_tokens), triton.cdiv(heads, block_heads))](
+        x_0THD,
+        cos_0THF,
+        sin_0THF,
         y,
-        rows,
-        width,
-        x_3R.shape[1],
-        x_3R.shape[2],
-        *x_3R.stride()[:LEADING],
-        *cos_3F.stride(),
+        size_0 * size_1,
+        size_1,
+        heads,
+        kept,
+        2 * pairs,
+        *x_0THD.stride()[:LEADING],
+        *cos_0THF.stride(),
         INVERSE=inverse,
-        BLOCK_T=block_rows,
+        ANGLE_PER_HEAD=heads > 1 and cos_0THF.stride(2) != 0,
+        BLOCK_T=block_tokens,
+        BLOCK_H=block_heads,
         BLOCK_F=block_pairs,
-        num_warps=4,
+        BLOCK_P=block_kept,
+        num_warps=8,
     )
     return y
 
@@ -122,4 +146,9 @@ _rotary.register_autograd(_gradients, setup_context=_keep)
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., R], cos and sin broadcastable to [..., R/2] -> [..., R] in x's dtype."""
+    return _rotary(x, cos, sin, False)
+
+
+def rotary_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., P + R], cos and sin broadcastable to [..., R/2] -> x with its last R values turned."""
     return _rotary(x, cos, sin, False)

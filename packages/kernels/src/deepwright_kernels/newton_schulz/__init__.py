@@ -1,0 +1,57 @@
+"""Newton-Schulz orthogonalisation for Muon, batched over matrices of one shape. No gradients: it is an update rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..arguments import FLOATS, require, require_dtype, require_shape
+
+NAME = "newton_schulz"
+
+
+def _kernel_needs(matrices_EMN: Tensor, steps: int) -> str | None:
+    if matrices_EMN.dtype not in (torch.bfloat16, torch.float16) and matrices_EMN.is_cuda:
+        return "its products are for bfloat16 and float16; float32 products are torch's"
+    return None
+
+
+def _fastest(matrices_EMN: Tensor, steps: int = 5) -> tuple[str, ...]:
+    """Half of two products saves more than a kernel's launch once a matrix fills a few tiles."""
+    narrow = matrices_EMN.dtype in (torch.bfloat16, torch.float16)
+    if narrow and matrices_EMN.ndim == 3 and min(matrices_EMN.shape[-2:]) >= 512:
+        return ("triton", "torch", "reference")
+    return ("torch", "reference")
+
+
+dispatch.operator(
+    NAME,
+    {
+        "reference": f"{__name__}.reference:newton_schulz",
+        "triton": f"{__name__}.triton:newton_schulz",
+        "torch": f"{__name__}.fused_sums:newton_schulz",
+    },
+    cuda=_fastest,
+    elsewhere=("torch", "reference"),
+    needs={"triton": _kernel_needs},
+)
+
+
+def newton_schulz(matrices_EMN: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrices, approximately, after `steps` of Muon's quintic: [E, M, N] in the input's dtype.
+
+    X ← a·X + (b·G + c·G·G)·X, G = X·Xᵀ, from X divided by its Frobenius norm (Jordan et al. 2024). Each of the E
+    matrices by itself; the result may be a transposed view. A matrix of zeros stays one. No gradients.
+    """
+    require_shape(NAME, "matrices_EMN", matrices_EMN, (None, None, None), "[E, M, N]")
+    require_dtype(NAME, "matrices_EMN", matrices_EMN, FLOATS)
+    require(
+        not (matrices_EMN.requires_grad and torch.is_grad_enabled()),
+        NAME,
+        "matrices_EMN",
+        "requires a gradient and an update rule has none; call it under torch.no_grad()",
+    )
+    require(steps >= 1, NAME, "steps", f"is {steps}; expected at least 1")
+    update_EMN: Tensor = dispatch.run(NAME, matrices_EMN, steps)
+    return update_EMN
