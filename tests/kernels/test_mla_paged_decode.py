@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from deepwright_kernels import mla_paged_decode
+from deepwright_kernels.mla_paged_decode.reference import fp8_row_bytes, pack_fp8_latents, unpack_fp8_latents
 
 BLOCK = 4
 
@@ -89,6 +90,43 @@ def test_no_sequences() -> None:
     assert out.shape == (0, 1, 3, 4)
 
 
+def test_a_row_of_fp8_latents_byte_by_byte() -> None:
+    latent_NC = torch.zeros(2, 256)
+    latent_NC[0, :3] = torch.tensor([448.0, -1.0, 0.5])
+    latent_NC[1, 128:] = 3.5
+    rope_NR = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
+    rows_NW = pack_fp8_latents(latent_NC, rope_NR)
+    assert rows_NW.dtype == torch.uint8
+    assert rows_NW.shape == (2, fp8_row_bytes(256, 2)) == (2, 256 + 8 + 4)
+    assert fp8_row_bytes(512, 64) == 656
+    # e4m3: sign, four bits of exponent with bias 7, three of mantissa.
+    assert rows_NW[0, :4].tolist() == [0b0_1111_110, 0b1_0111_000, 0b0_0110_000, 0]
+    assert set(rows_NW[1, 128:256].tolist()) == {0b0_1111_110}
+    scales = rows_NW[:, 256:264].contiguous().view(torch.float32)
+    torch.testing.assert_close(scales, torch.tensor([[1.0, 1e-4 / 448], [1e-4 / 448, 3.5 / 448]]))
+    assert torch.equal(rows_NW[:, 264:].contiguous().view(torch.bfloat16), rope_NR.bfloat16())
+    unpacked_NC, unpacked_NR = unpack_fp8_latents(rows_NW, 256)
+    assert torch.equal(unpacked_NC, latent_NC.bfloat16())
+    assert torch.equal(unpacked_NR, rope_NR.bfloat16())
+
+
+def test_fp8_latents_are_the_keys_they_stand_for() -> None:
+    torch.manual_seed(0)
+    latent_NC, rope_NR = torch.randn(3 * BLOCK, 128), torch.randn(3 * BLOCK, 6)
+    rows_NW = pack_fp8_latents(latent_NC, rope_NR)
+    keys_NW = torch.cat(unpack_fp8_latents(rows_NW, 128), -1)
+    error = (keys_NW[:, :128].float() - latent_NC).abs()
+    assert (error <= latent_NC.abs() / 16 + latent_NC.abs().amax(1, keepdim=True) / 448 / 512).all()
+    rows_NW[-1] = 255  # NaN wherever it would be read
+    blocks_BP, lengths_B = torch.tensor([[1, 2, 0]]), torch.tensor([2 * BLOCK - 1])
+    q_latent, q_rope = torch.randn(1, 2, 3, 128), torch.randn(1, 2, 3, 6)
+    have, want = (
+        mla_paged_decode(q_latent, q_rope, cache_NW, blocks_BP, torch.tensor([[5, 6]]), lengths_B, BLOCK, 0.1)
+        for cache_NW in (rows_NW, keys_NW)
+    )
+    assert torch.equal(have, want)
+
+
 def test_errors_name_the_argument() -> None:
     arguments = {
         "q_latent_BQHC": torch.randn(1, 1, 3, 4),
@@ -108,8 +146,29 @@ def test_errors_name_the_argument() -> None:
         ("lengths_B", torch.ones(2, dtype=torch.int64), "lengths_B has shape"),
         ("block_size", 3, "cache_NW has 8 slots; expected a multiple of block_size = 3"),
         ("block_size", 0, "block_size is 0"),
+        ("q_latent_BQHC", torch.randn(1, 1, 4, 3).transpose(2, 3), "q_latent_BQHC has a last dimension of stride 3"),
+        ("cache_NW", torch.randn(6, 2 * BLOCK).T, "cache_NW has a last dimension of stride 8"),
+        (
+            "cache_NW",
+            torch.zeros(2 * BLOCK, 6, dtype=torch.uint8),
+            "FP8 latents, 128 to a scale, but q_latent_BQHC has 4",
+        ),
+        ("q_rope_BQHR", torch.randn(1, 1, 3, 2, requires_grad=True), "q_rope_BQHR requires a gradient and decode has"),
     ]:
         with pytest.raises(ValueError, match=message):
             mla_paged_decode(**arguments | {name: wrong})
     with pytest.raises(TypeError, match="positions_BQ is float32"):
         mla_paged_decode(**arguments | {"positions_BQ": torch.zeros(1, 1)})
+    with pytest.raises(TypeError, match="cache_NW is int8"):
+        mla_paged_decode(**arguments | {"cache_NW": torch.zeros(2 * BLOCK, 6, dtype=torch.int8)})
+    fp8 = arguments | {"q_latent_BQHC": torch.randn(1, 1, 3, 128)}
+    with pytest.raises(ValueError, match=r"cache_NW has shape \[8, 130\]; expected \[N, bytes of 128 FP8 latents"):
+        mla_paged_decode(**fp8 | {"cache_NW": torch.zeros(2 * BLOCK, 130, dtype=torch.uint8)})
+    with pytest.raises(ValueError, match="cache_NW holds FP8 latents beside 3 rope values; expected an even number"):
+        mla_paged_decode(
+            **fp8 | {"cache_NW": torch.zeros(2 * BLOCK, 138, dtype=torch.uint8), "q_rope_BQHR": torch.randn(1, 1, 3, 3)}
+        )
+    with pytest.raises(ValueError, match="cache_NW has rows 138 bytes apart"):
+        mla_paged_decode(**fp8 | {"cache_NW": torch.zeros(2 * BLOCK, 138, dtype=torch.uint8)[:, :136]})
+    with torch.no_grad():
+        mla_paged_decode(**arguments | {"q_rope_BQHR": torch.randn(1, 1, 3, 2, requires_grad=True)})

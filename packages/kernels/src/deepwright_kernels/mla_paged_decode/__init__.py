@@ -50,8 +50,20 @@ def mla_paged_decode(
             "cache_NW",
             f"holds FP8 latents, {SCALED_LATENTS} to a scale, but q_latent_BQHC has {latent}; expected a multiple",
         )
+        require(
+            rope % 2 == 0,
+            NAME,
+            "cache_NW",
+            f"holds FP8 latents beside {rope} rope values; expected an even number, for a row's scales are float32",
+        )
         meaning = f"[N, bytes of {latent} FP8 latents, their scales and {rope} rope values]"
         require_shape(NAME, "cache_NW", cache_NW, (None, fp8_row_bytes(latent, rope)), meaning)
+        require(
+            cache_NW.stride(0) % 4 == 0 and cache_NW.storage_offset() % 4 == 0,
+            NAME,
+            "cache_NW",
+            f"has rows {cache_NW.stride(0)} bytes apart from byte {cache_NW.storage_offset()}; expected multiples of 4",
+        )
     else:
         require_shape(NAME, "cache_NW", cache_NW, (None, latent + rope), "[N, C + R]")
     require_shape(NAME, "blocks_BP", blocks_BP, (batch, None), "[B, P]")
