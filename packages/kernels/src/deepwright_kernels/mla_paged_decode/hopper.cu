@@ -1,0 +1,582 @@
+// Absorbed decode over a paged latent cache for Hopper: wgmma on tiles that the copy engine brings, two warpgroups.
+//
+// A block owns 64 rows (a row is one head of one query) and a share of one sequence's keys. 64 x 512 sums in float32
+// are as much as two warpgroups can hold in registers, so warpgroup 0 sums the left half of the latents and warpgroup 1
+// the right half. Keys come in pages of 64, two in shared memory at a time beside the queries (3 x 72 KiB): warpgroup 0
+// scores the even page, warpgroup 1 the odd one, and each hands its weights to the other through the page's rope part,
+// which nobody needs once the scores are there. So one's softmax runs while the other multiplies. Four more
+// warps keep the copies going: each refills a quarter of the two pages as soon as its last reader is done.
+//
+// Left out: FP8 latents, other widths than 512 + 64, other pages than 64.
+//
+// Defines: BLOCKS_T, POSITIONS_T, LENGTHS_T: int or long long, the integers of the three index tensors.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short bf16;  // only moved, never computed with
+struct __align__(64) Map { char bytes[128]; };
+
+constexpr int ROWS = 64, PAGE = 64, LATENT = 512, ROPE = 64;
+constexpr int HALF = LATENT / 2;                       // what a warpgroup sums
+constexpr int CHUNK = 64;                              // values of a row that a 128-byte swizzle covers
+constexpr int CHUNKS = (LATENT + ROPE) / CHUNK, HALF_CHUNKS = HALF / CHUNK, ROPE_CHUNK = LATENT / CHUNK;
+constexpr int CHUNK_BYTES = ROWS * CHUNK * 2, TILE_BYTES = CHUNKS * CHUNK_BYTES;
+constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, THREADS = 3 * WARPGROUP;
+constexpr int AHEAD = 2;                               // of its pages, that a warp fetches into the L2
+constexpr float LOWEST = -1e30f;                       // below every score, and no NaN when subtracted from itself
+constexpr u32 ALL = 0xffffffffu;
+#define NOTHING __int_as_float(0xff800000)             // minus infinity
+
+// Named barriers. 0 is __syncthreads.
+enum { BOTH = 1, OWN = 2, EVEN_TOP = 4, ODD_WEIGHTS = 5, EVEN_WEIGHTS = 6 };
+
+struct Shared {
+  char queries[TILE_BYTES];
+  char keys[2][TILE_BYTES];
+  float top[2][ROWS];
+  float sum[2][ROWS];
+  u64 full[2][CHUNKS];
+  u64 empty[2][2];  // [page][left or right half of the latents]
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+// ---- barriers and copies
+
+__device__ __forceinline__ void barrier_start(u64* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+  u32 done = 0;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+__device__ __forceinline__ void named_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// What ordinary stores left in shared memory becomes visible to wgmma and the copy engine.
+__device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void copy_chunk(const Map* map, char* target, u64* full, int chunk, int slot) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(full)), "r"(CHUNK_BYTES)
+               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared_address(target)),
+      "l"(map), "r"(chunk * CHUNK), "r"(slot), "r"(shared_address(full))
+      : "memory");
+}
+
+__device__ __forceinline__ void fetch_chunk(const Map* map, int chunk, int slot) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(chunk * CHUNK), "r"(slot)
+               : "memory");
+}
+
+// ---- wgmma
+
+// A matrix descriptor for tiles of 128-byte rows under the 128-byte swizzle: groups of eight rows lie 1024 bytes apart.
+// `stride` is the way to the next 64 columns, which only an operand that is read against its rows has.
+__device__ __forceinline__ u64 descriptor(const void* tile, int stride) {
+  return (u64)((shared_address(tile) & 0x3FFFF) >> 4) | (u64)(stride >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// clang-format off
+#define F4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
+#define F16(x, i) F4(x, i), F4(x, i + 4), F4(x, i + 8), F4(x, i + 12)
+#define F64(x, i) F16(x, i), F16(x, i + 16), F16(x, i + 32), F16(x, i + 48)
+#define REGISTERS_32 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define REGISTERS_128 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
+// clang-format on
+
+// score (64 x 64) = queries (64 x 16) · keysᵀ, added to what is there unless `first`.
+__device__ __forceinline__ void multiply_scores(float (&score)[32], u64 queries, u64 keys, bool first) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " REGISTERS_32 ", %32, %33, p, 1, 1, 0, 0; }\n"
+      : F16(score, 0), F16(score, 16)
+      : "l"(queries), "l"(keys), "r"((int)!first));
+}
+
+// out (64 x 256) += weights (64 x 16, registers) · latents (16 x 256).
+__device__ __forceinline__ void multiply_values(float (&out)[128], const u32* weights, u64 latents) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, 1, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " REGISTERS_128
+      ", {%128, %129, %130, %131}, %132, p, 1, 1, 1; }\n"
+      : F64(out, 0), F64(out, 64)
+      : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(latents));
+}
+
+// The same with weights in shared memory.
+__device__ __forceinline__ void multiply_values(float (&out)[128], u64 weights, u64 latents) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, 1, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " REGISTERS_128 ", %128, %129, p, 1, 1, 0, 1; }\n"
+      : F64(out, 0), F64(out, 64)
+      : "l"(weights), "l"(latents));
+}
+
+// score = queries · pageᵀ, chunk by chunk as the copies arrive. `half`: which half of the latents comes first.
+__device__ __forceinline__ void score_page(
+    float (&score)[32], const char* queries, const char* page, u64* full, u32 parity, int half) {
+  const u64 q = descriptor(queries, 16), k = descriptor(page, 16);
+  wgmma_begin();
+#pragma unroll
+  for (int i = 0; i < CHUNKS; i++) {
+    const int chunk = i == ROPE_CHUNK ? i : (i + half * HALF_CHUNKS) % ROPE_CHUNK;
+    barrier_wait(full + chunk, parity);
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+      const int offset = (chunk * CHUNK_BYTES + step * 32) >> 4;
+      multiply_scores(score, q + offset, k + offset, i == 0 && step == 0);
+    }
+  }
+  wgmma_commit();
+}
+
+// out += weights · half of the page's latents.
+__device__ __forceinline__ void sum_values(float (&out)[128], const u32 (&weights)[16], const char* latents) {
+  const u64 v = descriptor(latents, CHUNK_BYTES);
+  wgmma_begin();
+#pragma unroll
+  for (int step = 0; step < 4; step++) multiply_values(out, weights + 4 * step, v + ((step * 16 * 128) >> 4));
+  wgmma_commit();
+}
+
+__device__ __forceinline__ void sum_values(float (&out)[128], const char* weights, const char* latents) {
+  const u64 p = descriptor(weights, 16), v = descriptor(latents, CHUNK_BYTES);
+  wgmma_begin();
+#pragma unroll
+  for (int step = 0; step < 4; step++) multiply_values(out, p + ((step * 32) >> 4), v + ((step * 16 * 128) >> 4));
+  wgmma_commit();
+}
+
+// A warpgroup's 64 x 64 fragments to a swizzled tile; `fragment` is as wgmma takes them from registers.
+__device__ __forceinline__ void store_tile(char* tile, const u32 (&fragment)[16]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int row = 16 * warp + lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    const int column = 2 * step + lane / 16;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     shared_address(tile) + row * 128 + ((column ^ row % 8) << 4)),
+                 "r"(fragment[4 * step]), "r"(fragment[4 * step + 1]), "r"(fragment[4 * step + 2]),
+                 "r"(fragment[4 * step + 3])
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void to_fragment(u32 (&fragment)[16], const float* values) {
+#pragma unroll
+  for (int i = 0; i < 16; i++) fragment[i] = pack(values[2 * i], values[2 * i + 1]);
+}
+
+// ---- the parts of a block's work
+
+// Where the queries lie: strides in values.
+struct Queries {
+  const bf16 *latent, *rope;
+  int latent_query, latent_head, rope_query, rope_head;
+};
+
+// Rows first ... first + 63 of a sequence to shared memory as swizzled tiles, a row a warp; zeros beyond the last.
+__device__ __forceinline__ void load_queries(char* tile, Queries q, int first, int rows, int heads) {
+  constexpr int WARPS = CONSUMERS / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < ROWS / WARPS; i++) {
+    const int row = i * WARPS + warp, query = (first + row) / heads, head = (first + row) % heads;
+    const bf16* latent = q.latent + (long long)query * q.latent_query + (long long)head * q.latent_head;
+    const bf16* rope = q.rope + (long long)query * q.rope_query + (long long)head * q.rope_head;
+    const bool real = first + row < rows;
+#pragma unroll
+    for (int part = 0; part < 3; part++) {  // pieces of 16 bytes: 64 of the latent part and 8 of the rope part
+      const int piece = part * 32 + lane;
+      if (part == 2 && lane >= 8) continue;
+      uint4 values = make_uint4(0, 0, 0, 0);
+      if (real) values = *(const uint4*)(part < 2 ? latent + piece * 8 : rope + lane * 8);
+      *(uint4*)(tile + piece / 8 * CHUNK_BYTES + row * 128 + ((piece % 8 ^ row % 8) << 4)) = values;
+    }
+  }
+  publish_stores();
+}
+
+// The last page of a sequence may hold anything beyond its end, and 0 · NaN is NaN: make it zero. One warpgroup.
+__device__ __forceinline__ void clear_rows(char* page, int from) {
+  for (int i = threadIdx.x % WARPGROUP; i < (PAGE - from) * CHUNKS * 8; i += WARPGROUP) {
+    const int row = from + i / (CHUNKS * 8), piece = i % (CHUNKS * 8);
+    *(uint4*)(page + piece / 8 * CHUNK_BYTES + row * 128 + piece % 8 * 16) = make_uint4(0, 0, 0, 0);
+  }
+  publish_stores();
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
+  return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(ALL, x, 1);
+  return x + __shfl_xor_sync(ALL, x, 2);
+}
+
+// A thread holds two rows of its warpgroup's 64, `row` and `row + 8`; of a fragment's values i, those with i / 2 % 2 = 1
+// belong to the second.
+struct Pair {
+  float a, b;
+  __device__ __forceinline__ float operator[](int i) const { return i / 2 % 2 ? b : a; }
+};
+
+template <int N>
+__device__ __forceinline__ void multiply(float (&x)[N], Pair factor) {
+#pragma unroll
+  for (int i = 0; i < N; i++) x[i] *= factor[i];
+}
+
+// Scores of a page that starts at key `start`; each row sees the keys before its limit.
+__device__ __forceinline__ void hide(float (&score)[32], int start, int limit_a, int limit_b) {
+#pragma unroll
+  for (int i = 0; i < 32; i++) {
+    const int key = start + 8 * (i / 4) + threadIdx.x % 4 * 2 + i % 2;
+    if (key >= (i / 2 % 2 ? limit_b : limit_a)) score[i] = NOTHING;
+  }
+}
+
+__device__ __forceinline__ Pair highest(const float (&score)[32], Pair top) {
+#pragma unroll
+  for (int i = 0; i < 32; i += 4) {
+    top.a = fmaxf(top.a, fmaxf(score[i], score[i + 1]));
+    top.b = fmaxf(top.b, fmaxf(score[i + 2], score[i + 3]));
+  }
+  return {quad_max(top.a), quad_max(top.b)};
+}
+
+// score -> 2^((score - top) · scale); `sum` grows by each row's weights (of this thread's columns).
+__device__ __forceinline__ void weigh(float (&score)[32], Pair top, float scale, Pair& sum) {
+  const Pair shift = {top.a * scale, top.b * scale};
+#pragma unroll
+  for (int i = 0; i < 32; i++) {
+    score[i] = power_of_two(fmaf(score[i], scale, -shift[i]));
+    (i / 2 % 2 ? sum.b : sum.a) += score[i];
+  }
+}
+
+__device__ __forceinline__ Pair shrink(Pair before, Pair after, float scale) {
+  return {power_of_two((before.a - after.a) * scale), power_of_two((before.b - after.b) * scale)};
+}
+
+__device__ __forceinline__ void put(float* rows, int row, Pair x) {
+  if (threadIdx.x % 4 == 0) rows[row] = x.a, rows[row + 8] = x.b;
+}
+
+__device__ __forceinline__ Pair get(const float* rows, int row) { return {rows[row], rows[row + 8]}; }
+
+// The warp's last wgmma that reads a half page is done.
+__device__ __forceinline__ void release(u64* empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+}
+
+// One half of every second page, those that this warp has, into its place as soon as that is free. What will be wanted
+// AHEAD of its pages later is fetched into the L2 meanwhile: two pages in shared memory are too few to hide the main memory.
+__device__ __forceinline__ void bring_pages(
+    Shared& s, const Map* map, const BLOCKS_T* blocks, int first, int last, int odd, int side) {
+  const int lane = threadIdx.x % 32;
+  // The rope part carries weights to the other warpgroup: it comes free with the half that one reads.
+  const int begin = side * HALF_CHUNKS, chunks = HALF_CHUNKS + (side != odd);
+  int known = 0, later = 0;  // the blocks of 32 of this warp's pages, one a lane, and of the 32 after them
+  for (int page = first + odd, round = 0; page < last; page += 2, round++) {
+    if (round % 32 == 0) {
+      const int mine = page + 2 * lane;
+      known = round > 0 ? later : mine < last ? (int)blocks[mine] : 0;
+      later = mine + 64 < last ? (int)blocks[mine + 64] : 0;
+    }
+    const int slot = __shfl_sync(ALL, known, round % 32) * PAGE;
+    const int coming = __shfl_sync(ALL, round % 32 + AHEAD < 32 ? known : later, (round + AHEAD) % 32) * PAGE;
+    if (lane == 0) {
+      if (round > 0) barrier_wait(&s.empty[odd][side], (round - 1) & 1);
+      for (int i = 0; i < chunks; i++) {
+        const int chunk = i < HALF_CHUNKS ? begin + i : ROPE_CHUNK;
+        copy_chunk(map, s.keys[odd] + chunk * CHUNK_BYTES, &s.full[odd][chunk], chunk, slot);
+      }
+      if (AHEAD > 0 && page + 2 * AHEAD < last) {
+        for (int i = 0; i < chunks; i++) fetch_chunk(map, i < HALF_CHUNKS ? begin + i : ROPE_CHUNK, coming);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+struct Range {
+  int first, last;     // pages
+  int end, low;        // keys: some row sees up to `end`, every row sees up to `low`
+  int limit_a, limit_b;  // of this thread's rows
+  float scale;         // of the scores, times log2(e)
+};
+
+// Scores of one page, which this warpgroup owns.
+__device__ __forceinline__ void own_scores(Shared& s, float (&score)[32], const Range& r, int page, int round, int side) {
+  const int start = page * PAGE;
+  if (start + PAGE > r.end) {
+    for (int chunk = 0; chunk < CHUNKS; chunk++) barrier_wait(&s.full[side][chunk], round & 1);
+    clear_rows(s.keys[side], r.end - start);
+    named_sync(OWN + side, WARPGROUP);
+  }
+  score_page(score, s.queries, s.keys[side], s.full[side], round & 1, side);
+  wgmma_wait<0>();
+  if (start + PAGE > r.low) hide(score, start, r.limit_a, r.limit_b);
+}
+
+// Warpgroup 0: scores even pages, sums the left half.
+__device__ __forceinline__ void left(Shared& s, float (&out)[128], const Range& r, int row, Pair& top, Pair& sum) {
+  char* even_weights = s.keys[0] + ROPE_CHUNK * CHUNK_BYTES;
+  char* odd_weights = s.keys[1] + ROPE_CHUNK * CHUNK_BYTES;
+  for (int page = r.first, round = 0; page < r.last; page += 2, round++) {
+    float score[32];
+    u32 fragment[16];
+    own_scores(s, score, r, page, round, 0);
+    const Pair even_top = highest(score, top);
+    put(s.top[0], row, even_top);
+    named_arrive(EVEN_TOP, CONSUMERS);
+    const Pair even_shrink = shrink(top, even_top, r.scale);
+    sum = {sum.a * even_shrink.a, sum.b * even_shrink.b};
+    weigh(score, even_top, r.scale, sum);
+    to_fragment(fragment, score);
+    multiply(out, even_shrink);
+    sum_values(out, fragment, s.keys[0]);
+
+    named_sync(ODD_WEIGHTS, CONSUMERS);
+    top = get(s.top[1], row);
+    const Pair odd_shrink = shrink(even_top, top, r.scale);
+    sum = {sum.a * odd_shrink.a, sum.b * odd_shrink.b};
+    multiply(score, odd_shrink);
+    u32 shrunk[16];
+    to_fragment(shrunk, score);
+    store_tile(even_weights, shrunk);
+    publish_stores();
+    named_arrive(EVEN_WEIGHTS, CONSUMERS);
+    wgmma_wait<0>();
+    release(&s.empty[0][0]);
+    multiply(out, odd_shrink);
+    if (page + 1 < r.last) {
+      sum_values(out, odd_weights, s.keys[1]);
+      wgmma_wait<0>();
+      release(&s.empty[1][0]);
+    }
+  }
+}
+
+// Warpgroup 1: scores odd pages, sums the right half.
+__device__ __forceinline__ void right(Shared& s, float (&out)[128], const Range& r, int row, Pair& top, Pair& sum) {
+  char* even_weights = s.keys[0] + ROPE_CHUNK * CHUNK_BYTES;
+  char* odd_weights = s.keys[1] + ROPE_CHUNK * CHUNK_BYTES;
+  for (int page = r.first, round = 0; page < r.last; page += 2, round++) {
+    const bool odd = page + 1 < r.last;
+    u32 fragment[16];
+    float score[32];
+    Pair odd_top = {LOWEST, LOWEST};
+    if (odd) {
+      own_scores(s, score, r, page + 1, round, 1);
+      odd_top = highest(score, odd_top);
+    }
+    named_sync(EVEN_TOP, CONSUMERS);
+    const Pair even_top = get(s.top[0], row);
+    odd_top = {fmaxf(odd_top.a, even_top.a), fmaxf(odd_top.b, even_top.b)};
+    put(s.top[1], row, odd_top);
+    const Pair both_shrink = shrink(top, odd_top, r.scale);
+    sum = {sum.a * both_shrink.a, sum.b * both_shrink.b};
+    if (odd) {
+      weigh(score, odd_top, r.scale, sum);
+      to_fragment(fragment, score);
+      store_tile(odd_weights, fragment);
+      publish_stores();
+    }
+    named_arrive(ODD_WEIGHTS, CONSUMERS);
+    multiply(out, both_shrink);
+    top = odd_top;
+    if (odd) sum_values(out, fragment, s.keys[1] + HALF_CHUNKS * CHUNK_BYTES);
+    named_sync(EVEN_WEIGHTS, CONSUMERS);
+    sum_values(out, even_weights, s.keys[0] + HALF_CHUNKS * CHUNK_BYTES);
+    if (odd) {
+      wgmma_wait<1>();
+      release(&s.empty[1][1]);
+    }
+    wgmma_wait<0>();
+    release(&s.empty[0][1]);
+  }
+}
+
+// grid: row tiles x splits x sequences, in one dimension. `splits` = 1 writes `out` [B, Q · H, 512], otherwise each split
+// writes `partial` [splits, B · Q · H, 512] and `weight` [splits, B · Q · H]: log2 of its sum of 2^score.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(
+    const __grid_constant__ Map map, const bf16* q_latent, const bf16* q_rope, const BLOCKS_T* blocks,
+    const POSITIONS_T* positions, const LENGTHS_T* lengths, bf16* out, float* partial, float* weight, int batch,
+    int queries, int heads, int table, int splits, int latent_batch, int latent_query, int latent_head, int rope_batch,
+    int rope_query, int rope_head, float scale) {
+  extern __shared__ __align__(1024) char raw[];
+  Shared& s = *(Shared*)raw;
+  const int rows = queries * heads, tiles = (rows + ROWS - 1) / ROWS;
+  const int tile = blockIdx.x % tiles, split = blockIdx.x / tiles % splits, sequence = blockIdx.x / tiles / splits;
+  const int first_row = tile * ROWS;
+  blocks += (long long)sequence * table;
+  positions += (long long)sequence * queries;
+
+  const int length = (int)min((long long)lengths[sequence], (long long)table * PAGE);
+  Range r;
+  r.scale = scale;
+  r.end = 0, r.low = length;
+  for (int query = first_row / heads; query <= (min(first_row + ROWS, rows) - 1) / heads; query++) {
+    const int limit = (int)min((long long)length, (long long)positions[query] + 1);
+    r.end = max(r.end, limit), r.low = min(r.low, limit);
+  }
+  const long long pages = (r.end + PAGE - 1) / PAGE;
+  r.first = __shfl_sync(ALL, (int)(pages * split / splits), 0);
+  r.last = __shfl_sync(ALL, (int)(pages * (split + 1) / splits), 0);
+  r.end = __shfl_sync(ALL, r.end, 0), r.low = __shfl_sync(ALL, r.low, 0);
+
+  if (threadIdx.x == 0) {
+    for (int odd = 0; odd < 2; odd++) {
+      for (int chunk = 0; chunk < CHUNKS; chunk++) barrier_start(&s.full[odd][chunk], 1);
+      for (int side = 0; side < 2; side++) barrier_start(&s.empty[odd][side], WARPGROUP / 32);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  // The compiler must see that a warp goes one way as a whole, or it lets one wgmma wait for the other.
+  const int warp = __shfl_sync(ALL, threadIdx.x / 32, 0), group = warp / 4, lane = threadIdx.x % 32;
+  if (group == 2) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    bring_pages(s, &map, blocks, r.first, r.last, warp / 2 % 2, warp % 2);
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  const int row = warp % 4 * 16 + lane / 4;
+  const long long written = (long long)sequence * rows + first_row;
+  Pair top = {LOWEST, LOWEST}, sum = {0.0f, 0.0f};
+  float total[128];
+#pragma unroll
+  for (int i = 0; i < 128; i++) total[i] = 0.0f;
+  if (r.first < r.last) {
+    const Queries q = {q_latent + (long long)sequence * latent_batch, q_rope + (long long)sequence * rope_batch,
+                       latent_query, latent_head, rope_query, rope_head};
+    load_queries(s.queries, q, first_row, rows, heads);
+    const int query_a = min(first_row + row, rows - 1) / heads, query_b = min(first_row + row + 8, rows - 1) / heads;
+    r.limit_a = (int)min((long long)length, (long long)positions[query_a] + 1);
+    r.limit_b = (int)min((long long)length, (long long)positions[query_b] + 1);
+    named_sync(BOTH, CONSUMERS);
+    if (group == 0) {
+      left(s, total, r, row, top, sum);
+    } else {
+      right(s, total, r, row, top, sum);
+    }
+  }
+  sum = {quad_sum(sum.a), quad_sum(sum.b)};
+  put(s.sum[group], row, sum);
+  named_sync(BOTH, CONSUMERS);
+  const Pair other = get(s.sum[1 - group], row);
+  sum = {sum.a + other.a, sum.b + other.b};
+  multiply(total, {sum.a > 0.0f ? 1.0f / sum.a : 0.0f, sum.b > 0.0f ? 1.0f / sum.b : 0.0f});
+
+  if (splits == 1) {
+    // Through the queries' place, which is free now, so that whole lines are written.
+    char* staged = s.queries + group * HALF_CHUNKS * CHUNK_BYTES;
+#pragma unroll
+    for (int chunk = 0; chunk < HALF_CHUNKS; chunk++) {
+      u32 fragment[16];
+      to_fragment(fragment, total + 32 * chunk);
+      store_tile(staged + chunk * CHUNK_BYTES, fragment);
+    }
+    named_sync(OWN + group, WARPGROUP);
+    constexpr int PIECES = HALF / 8;
+#pragma unroll 4
+    for (int i = threadIdx.x % WARPGROUP; i < ROWS * PIECES; i += WARPGROUP) {
+      const int to = i / PIECES, piece = i % PIECES;
+      if (first_row + to < rows) {
+        *(uint4*)(out + (written + to) * LATENT + group * HALF + piece * 8) =
+            *(const uint4*)(staged + piece / 8 * CHUNK_BYTES + to * 128 + ((piece % 8 ^ to % 8) << 4));
+      }
+    }
+    return;
+  }
+  const long long rows_of_all = (long long)batch * rows;
+  partial += (split * rows_of_all + written) * LATENT + group * HALF;
+#pragma unroll
+  for (int i = 0; i < 128; i += 2) {
+    const int to = row + i / 2 % 2 * 8;
+    if (first_row + to < rows) {
+      *(float2*)(partial + (long long)to * LATENT + i / 4 * 8 + lane % 4 * 2) = make_float2(total[i], total[i + 1]);
+    }
+  }
+  if (group == 1 && lane % 4 == 0) {
+    weight += split * rows_of_all + written;
+    if (first_row + row < rows) weight[row] = sum.a > 0.0f ? top.a * scale + __log2f(sum.a) : NOTHING;
+    if (first_row + row + 8 < rows) weight[row + 8] = sum.b > 0.0f ? top.b * scale + __log2f(sum.b) : NOTHING;
+  }
+}
+
+// One block a row: the splits' results, each with its share of the whole sum.
+extern "C" __global__ void __launch_bounds__(128) mla_combine(
+    const float* partial, const float* weight, bf16* out, int rows, int splits) {
+  const long long row = blockIdx.x;
+  float top = NOTHING;
+  for (int split = 0; split < splits; split++) top = fmaxf(top, weight[(long long)split * rows + row]);
+  float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  float sum = 0.0f;
+  if (top > NOTHING) {
+#pragma unroll 8
+    for (int split = 0; split < splits; split++) {
+      const float share = power_of_two(weight[(long long)split * rows + row] - top);
+      const float4 part = *(const float4*)(partial + ((long long)split * rows + row) * LATENT + threadIdx.x * 4);
+      total.x += share * part.x, total.y += share * part.y, total.z += share * part.z, total.w += share * part.w;
+      sum += share;
+    }
+    const float inverse = 1.0f / sum;
+    total.x *= inverse, total.y *= inverse, total.z *= inverse, total.w *= inverse;
+  }
+  *(uint2*)(out + row * LATENT + threadIdx.x * 4) = make_uint2(pack(total.x, total.y), pack(total.z, total.w));
+}
