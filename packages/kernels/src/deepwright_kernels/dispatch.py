@@ -177,6 +177,18 @@ def backend_for(name: str, *arguments: Any) -> str:
     return REFERENCE
 
 
+def reasons(name: str, *arguments: Any) -> dict[str, str | None]:
+    """Each backend with None where it can run for these arguments, else why it cannot. Arguments as `backend_for`."""
+    declared = _known(name)
+    return {backend: _why_not(declared, backend, arguments) for backend in sorted(declared.backends)}
+
+
+def depends_on_arguments(name: str, device: torch.device) -> bool:
+    """Whether sizes, and not only the device, decide what `auto` takes."""
+    declared = _known(name)
+    return callable(declared.cuda if device.type == "cuda" else declared.elsewhere)
+
+
 def run(name: str, *arguments: Any) -> Any:
     """Call the operator's backend for these arguments, of which the first is a tensor, with all of them."""
     return load(name, backend_for(name, *arguments))(*arguments)
