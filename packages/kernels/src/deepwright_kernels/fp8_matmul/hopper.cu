@@ -44,6 +44,9 @@ struct alignas(64) TensorMap {
 #define B_SCALE_AT (A_SCALE_AT + STAGES * A_SCALE_BYTES)
 #define BARRIERS_AT (B_SCALE_AT + STAGES * B_SCALE_BYTES)
 
+// With more sums there are no registers left to read the scales of B's rows ahead.
+#define SCALES_LATE (ROW_SCALES_B && WAVES > 1)
+
 #define TEXT(x) #x
 #define TEXT_OF(x) TEXT(x)
 #define JOIN(a, b) a##b
@@ -85,12 +88,29 @@ struct alignas(64) TensorMap {
 #define SUMS_15(d) SUMS_14(d), EIGHT(d, 112)
 #define SUMS_16(d) SUMS_15(d), EIGHT(d, 120)
 
-__device__ __forceinline__ void wgmma(float (&d)[WAVE_N / 2], u64 a, u64 b, u32 add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n" TEXT_OF(WAVE_N) "k32.f32.e4m3.e4m3 {" JOIN_OF(NAMES_, WAVE_STEPS)
-        "}, %0, %1, p, 1, 1;\n}\n"
-        : "+l"(a), "+l"(b), "+r"(add), JOIN_OF(SUMS_, WAVE_STEPS)(d));
+#define WGMMA(add, a_text, ...) \
+    asm volatile( \
+        "{\n.reg .pred p;\n.reg .b32 x<4>;\nsetp.ne.b32 p, " #add ", 0;\n" a_text \
+        "%0, p, 1, 1;\n}\n" \
+        : __VA_ARGS__, JOIN_OF(SUMS_, WAVE_STEPS)(d))
+#define WGMMA_NAME \
+    "wgmma.mma_async.sync.aligned.m64n" TEXT_OF(WAVE_N) "k32.f32.e4m3.e4m3 {" JOIN_OF(NAMES_, WAVE_STEPS) "}, "
+
+// d = a · bᵀ (FIRST) or d += a · bᵀ over 32 columns, both in shared memory.
+template <bool FIRST>
+__device__ __forceinline__ void wgmma(float (&d)[WAVE_N / 2], u64 a, u64 b) {
+    u32 unused = 0;
+    if (FIRST) WGMMA(0, WGMMA_NAME "%1, ", "+l"(b), "+l"(a), "+r"(unused));
+    else WGMMA(1, WGMMA_NAME "%1, ", "+l"(b), "+l"(a), "+r"(unused));
+}
+
+// The same with a in registers.
+template <bool FIRST>
+__device__ __forceinline__ void wgmma(float (&d)[WAVE_N / 2], const u32 (&a)[4], u64 b) {
+    u64 low = (u64)a[1] << 32 | a[0], high = (u64)a[3] << 32 | a[2];
+#define A_TEXT "mov.b64 {x0, x1}, %1;\nmov.b64 {x2, x3}, %2;\n" WGMMA_NAME "{x0, x1, x2, x3}, "
+    if (FIRST) WGMMA(0, A_TEXT, "+l"(b), "+l"(low), "+l"(high));
+    else WGMMA(1, A_TEXT, "+l"(b), "+l"(low), "+l"(high));
 }
 
 // The compiler must not move reads or writes of the sums across this point.
@@ -139,6 +159,16 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
         : "memory");
 }
 
+// A warp has read all it needs of a stage: the producers that fill it, here and in the rest of the cluster, may.
+__device__ __forceinline__ void free_stage(u32 barrier, int lane) {
+    __syncwarp();
+    if (CLUSTER > 1) {
+        if (lane < CLUSTER) barrier_arrive_at(barrier, lane);
+    } else if (lane == 0) {
+        barrier_arrive(barrier);
+    }
+}
+
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     u32 done;
     do {
@@ -181,7 +211,7 @@ __device__ __forceinline__ u32 cluster_rank() {
 }
 
 __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
 }
 
 __device__ __forceinline__ float load_shared(u32 address) {
@@ -194,6 +224,13 @@ __device__ __forceinline__ float2 load_shared_pair(u32 address) {
     float2 pair;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
     return pair;
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&a)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(address)
+                 : "memory");
 }
 
 __device__ __forceinline__ u32 bfloat16_pair(float low, float high) {
@@ -244,6 +281,12 @@ __device__ __forceinline__ bool find_tile(
     return true;
 }
 
+#if STREAM
+#define STORE(to, value) __stcs(to, value)
+#else
+#define STORE(to, value) *(to) = value
+#endif
+
 // Two rows of sums (eight apart) of a wave to memory. A thread holds two neighbouring columns of every eight; groups of
 // four threads exchange theirs first, so that each writes 16 bytes.
 __device__ __forceinline__ void store(
@@ -264,7 +307,7 @@ __device__ __forceinline__ void store(
             const float c1 = __shfl_xor_sync(0xFFFFFFFF, odd ? a1 : b1, 1);
             const float4 four = odd ? make_float4(c0, c1, b0, b1) : make_float4(a0, a1, c0, c1);
             const int at = column + 8 * (j + (quarter & 1)) + 4 * (quarter >> 1);
-            if (inside && at < columns) *(float4*)((float*)out + start + at) = four;
+            if (inside && at < columns) STORE((float4*)((float*)out + start + at), four);
         }
 #else
 #pragma unroll
@@ -272,7 +315,9 @@ __device__ __forceinline__ void store(
             u32 v[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                v[i] = bfloat16_pair(sum[4 * (j + i) + 2 * half], sum[4 * (j + i) + 2 * half + 1]);
+                v[i] = j + i < WAVE_N / 8
+                           ? bfloat16_pair(sum[4 * (j + i) + 2 * half], sum[4 * (j + i) + 2 * half + 1])
+                           : 0;
             // Transpose the four threads' 4 x 4 pairs: first between neighbours, then two apart.
             const bool odd = quarter & 1, upper = quarter & 2;
             const u32 x0 = __shfl_xor_sync(0xFFFFFFFF, odd ? v[0] : v[1], 1);
@@ -283,7 +328,7 @@ __device__ __forceinline__ void store(
             const u32 y1 = __shfl_xor_sync(0xFFFFFFFF, upper ? p1 : p3, 2);
             const uint4 eight = upper ? make_uint4(y0, y1, p2, p3) : make_uint4(p0, p1, y0, y1);
             const int at = column + 8 * (j + quarter);
-            if (inside && at < columns) *(uint4*)((unsigned short*)out + start + at) = eight;
+            if (inside && at < columns && j + quarter < WAVE_N / 8) STORE((uint4*)((unsigned short*)out + start + at), eight);
         }
 #endif
     }
@@ -406,6 +451,14 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
 #endif
                 barrier_wait(full + 8 * stage, parity);
                 const float a_scale[2] = {load_shared(a_scale_at), load_shared(a_scale_at + 32)};
+#if REGISTERS_A
+                // Lanes 0-7 name rows 0-7 and lanes 8-15 rows 8-15 of 16 bytes, lanes 16-31 the same of the next 16.
+                u32 a_part[BLOCK_K / 32][4];
+                const int a_row = warp % 4 * 16 + lane % 16;
+#pragma unroll
+                for (int step = 0; step < BLOCK_K / 32; ++step)
+                    load_matrices(a_part[step], a_at + a_row * BLOCK_K + ((2 * step + lane / 16) ^ (a_row & 7)) * 16);
+#endif
 #pragma unroll
                 for (int w = 0; w < WAVES; ++w) {
                     pin(fresh);
@@ -414,15 +467,23 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
                     const u64 a = descriptor(a_at), b = descriptor(b_at + w * WAVE_N * BLOCK_K);
 #pragma unroll
                     for (int step = 0; step < BLOCK_K / 32; ++step) {
-                        wgmma(fresh, a + 2 * step, b + 2 * step, step > 0);
+#if REGISTERS_A
+                        if (step == 0) wgmma<true>(fresh, a_part[0], b);
+                        else wgmma<false>(fresh, a_part[step], b + 2 * step);
+#else
+                        if (step == 0) wgmma<true>(fresh, a, b);
+                        else wgmma<false>(fresh, a + 2 * step, b + 2 * step);
+#endif
                         if (ORDER == 2 && step == 2 || step == 3) wgmma_commit();
                     }
                     if (ORDER == 1) turn_pass(team);
 #if ROW_SCALES_B
-                    float2 b_pair[WAVE_N / 8];
                     const u32 b_scale_at = base + B_SCALE_AT + stage * B_SCALE_BYTES + (w * WAVE_N + lane % 4 * 2) * 4;
+#if !SCALES_LATE
+                    float2 b_pair[WAVE_N / 8];
 #pragma unroll
                     for (int j = 0; j < WAVE_N / 8; ++j) b_pair[j] = load_shared_pair(b_scale_at + 32 * j);
+#endif
 #else
                     const float near0 = a_scale[0] * near[w], near1 = a_scale[1] * near[w];
                     const float far0 = a_scale[0] * far[w], far1 = a_scale[1] * far[w];
@@ -430,21 +491,19 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
                     if (ORDER == 2) wgmma_wait<1>(), turn_pass(team);
                     wgmma_wait<0>();
                     pin(fresh);
-                    if (w == WAVES - 1) {  // the tile has been read: its place is free
-                        __syncwarp();
-                        if (CLUSTER > 1) {
-                            if (lane < CLUSTER) barrier_arrive_at(empty + 8 * stage, lane);
-                        } else if (lane == 0) {
-                            barrier_arrive(empty + 8 * stage);
-                        }
-                    }
+                    if (w == WAVES - 1 && !SCALES_LATE) free_stage(empty + 8 * stage, lane);
 #pragma unroll
                     for (int j = 0; j < WAVE_N / 8; ++j) {
 #if ROW_SCALES_B
-                        sum[w][4 * j] += fresh[4 * j] * (a_scale[0] * b_pair[j].x);
-                        sum[w][4 * j + 1] += fresh[4 * j + 1] * (a_scale[0] * b_pair[j].y);
-                        sum[w][4 * j + 2] += fresh[4 * j + 2] * (a_scale[1] * b_pair[j].x);
-                        sum[w][4 * j + 3] += fresh[4 * j + 3] * (a_scale[1] * b_pair[j].y);
+#if SCALES_LATE
+                        const float2 b_two = load_shared_pair(b_scale_at + 32 * j);
+#else
+                        const float2 b_two = b_pair[j];
+#endif
+                        sum[w][4 * j] += fresh[4 * j] * (a_scale[0] * b_two.x);
+                        sum[w][4 * j + 1] += fresh[4 * j + 1] * (a_scale[0] * b_two.y);
+                        sum[w][4 * j + 2] += fresh[4 * j + 2] * (a_scale[1] * b_two.x);
+                        sum[w][4 * j + 3] += fresh[4 * j + 3] * (a_scale[1] * b_two.y);
 #else
                         const bool first = WAVE_N == 128 || j < straddle[w];
                         const float scale0 = first ? near0 : far0, scale1 = first ? near1 : far1;
@@ -454,6 +513,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
                         sum[w][4 * j + 3] += fresh[4 * j + 3] * scale1;
 #endif
                     }
+                    if (w == WAVES - 1 && SCALES_LATE) free_stage(empty + 8 * stage, lane);
                 }
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
@@ -466,7 +526,6 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
         }
     }
     if (CLUSTER > 1) {
-        // A block must not end while the other one still copies into it or signals its barriers.
-        asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
+        cluster_sync();  // a block must not end while another one still copies into it or signals its barriers
     }
 }

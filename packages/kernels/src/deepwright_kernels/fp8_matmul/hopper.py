@@ -34,6 +34,8 @@ class Tiling:
     cluster: int
     raster: int
     order: int = 0
+    stream: int = 0
+    registers: int = 0
 
     @property
     def columns(self) -> int:
@@ -96,6 +98,8 @@ def launch(
             "CLUSTER": tiling.cluster,
             "RASTER": tiling.raster,
             "ORDER": tiling.order,
+            "STREAM": tiling.stream,
+            "REGISTERS_A": tiling.registers,
             "ROW_SCALES_B": int(row_scales_b),
             "FLOAT_OUT": int(out.dtype == torch.float32),
         },
