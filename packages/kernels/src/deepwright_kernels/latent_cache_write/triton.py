@@ -63,8 +63,8 @@ def _kernel(
     if FP8:
         latent_TSG = tl.reshape(latent_TC.to(tl.float32), (BLOCK_T, BLOCK_C // GROUP, GROUP))
         amax_TS = tl.maximum(tl.max(tl.abs(latent_TSG), axis=2), SMALLEST)
-        scale_TS = amax_TS / LARGEST
-        values_TSG = (latent_TSG * (1.0 / scale_TS)[:, :, None]).to(tl.float8e4nv)
+        scale_TS = tl.div_rn(amax_TS, LARGEST)
+        values_TSG = (latent_TSG * tl.div_rn(1.0, scale_TS)[:, :, None]).to(tl.float8e4nv)
         bytes_TC = tl.reshape(values_TSG, (BLOCK_T, BLOCK_C)).to(tl.uint8, bitcast=True)
         tl.store(cache_ptr + (slot_T * cache_stride)[:, None] + column_C[None, :], bytes_TC, mask=inside_TC)
         group_S = tl.arange(0, BLOCK_C // GROUP)
