@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from . import kernel_backends
 from .errors import RequestError, did_you_mean
 from .model.config import ModelConfig
+from .model.fp8 import fp8_problems
 from .model.precision import Precision
 from .model.transformer import Transformer, build_model
 from .registry import KINDS, Registry, parse
 from .stage import Stage
+from .training.machine import pick_device
 
 WORKFLOW_SECTIONS = ("paths", "tracking", "run")
 COMPONENT_SECTIONS = {kind.group: kind.name for kind in KINDS.values() if kind.group and "/" not in kind.group}
@@ -42,7 +45,7 @@ def validate(registry: Registry, composed: Mapping[str, Any]) -> dict[str, Any]:
     each stage's `check`: the rest would only follow from the first.
     """
     stage_names = registry.names("stage")
-    known = [*Top.model_fields, *WORKFLOW_SECTIONS, *COMPONENT_SECTIONS, "model", *stage_names]
+    known = [*Top.model_fields, *WORKFLOW_SECTIONS, *COMPONENT_SECTIONS, "model", "kernels", *stage_names]
     problems = [
         f"{key} is not a section of the config. {did_you_mean(key, known)}" for key in composed if key not in known
     ]
@@ -61,6 +64,7 @@ def validate(registry: Registry, composed: Mapping[str, Any]) -> dict[str, Any]:
     for key, kind in COMPONENT_SECTIONS.items():
         if key in composed:
             attempt(key, lambda key=key, kind=kind: registry.parse(kind, composed[key], key))
+    attempt("kernels", lambda: kernel_backends.parse(composed.get("kernels") or {}))
     if "model" in composed:
         attempt("model", lambda: parse(ModelConfig, _mapping(composed, "model"), "model", registry))
     for name in stage_names:
@@ -69,6 +73,9 @@ def validate(registry: Registry, composed: Mapping[str, Any]) -> dict[str, Any]:
             attempt(name, lambda name=name, config=config: parse(config, _mapping(composed, name), name, registry))
     if problems:
         raise RequestError(problems)
+    if sections.get("precision") == "fp8":
+        for where, config in _models(sections).items():
+            problems += fp8_problems(_on_meta(registry, config), pick_device(), where)
     if "finetune" in sections and "model" in sections:
         problems += sections["finetune"].problems(partial(_on_meta, registry, sections["model"]), "finetune")
     for name in stage_names:
@@ -81,6 +88,15 @@ def validate(registry: Registry, composed: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise RequestError(problems)
     return sections
+
+
+def _models(sections: Mapping[str, Any]) -> dict[str, ModelConfig]:
+    """Every model that the sections describe, by its place: `model`, and what a stage has beside it."""
+    found = {name: section for name, section in sections.items() if isinstance(section, ModelConfig)}
+    for name, section in sections.items():
+        if isinstance(section, BaseModel):
+            found |= {f"{name}.{key}": value for key, value in section if isinstance(value, ModelConfig)}
+    return found
 
 
 def _on_meta(registry: Registry, config: ModelConfig) -> Transformer:

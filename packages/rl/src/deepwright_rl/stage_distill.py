@@ -26,6 +26,7 @@ from deepwright_core.finetune.start import Start, load_start
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.cost import count
 from deepwright_core.model.directory import save_model
+from deepwright_core.model.fp8 import train_in_fp8
 from deepwright_core.model.transformer import build_model
 from deepwright_core.registry import Registry
 from deepwright_core.stage import Stage, StageContext, StageResult, write_atomically
@@ -67,7 +68,7 @@ def build(config: DistillConfig) -> Stage:
     """Teach a smaller dense student from the teacher's verified samples."""
     return Stage(
         "distill",
-        ("seed", "precision", "optimizer", "schedule", "distill"),
+        ("seed", "precision", "kernels", "optimizer", "schedule", "distill"),
         {"problems": "prepare", "rl_model": "rl"},
         partial(run, config),
         partial(check, config),
@@ -171,6 +172,8 @@ def run(config: DistillConfig, sections: Mapping[str, Any], context: StageContex
             part = replace(context, directory=context.directory / role, tracker=Labelled(context.tracker, role))
             learner = untaught()
             model, tokenizer = learner.model, learner.tokenizer
+            if sections["precision"] == "fp8":
+                train_in_fp8(model)
             if role == "student":
                 examples = lessons(records, teacher.tokenizer, tokenizer)
             else:

@@ -1,4 +1,7 @@
-"""Which number format products run in: parameters stay float32, matrix products follow autocast."""
+"""Which number format products run in: parameters stay float32, matrix products follow autocast.
+
+`fp8` is bf16 with some products in FP8 while a stage trains by supervision: `fp8.py` says which.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp8"]
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -21,14 +24,14 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def resolve(precision: Precision, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on a GPU that has it, else float32.
+    """The dtype of autocast. `auto` is bf16 on a GPU that has it, else float32.
 
     On a CPU bf16 has to be asked for: for models of a million parameters the casts take back most of what the products
     save, and samples and training no longer agree to the bit.
     """
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and has_bf16(device) else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:

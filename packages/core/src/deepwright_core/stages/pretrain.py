@@ -19,6 +19,7 @@ from ..data.packing import PackedBatches
 from ..finetune.start import load_start
 from ..model.cost import count
 from ..model.directory import save_model
+from ..model.fp8 import train_in_fp8
 from ..model.precision import autocast, resolve
 from ..model.transformer import Transformer, build_model
 from ..registry import Registry
@@ -55,7 +56,7 @@ def build(config: PretrainConfig) -> Stage:
     """Packed text to a base model."""
     return Stage(
         "pretrain",
-        ("seed", "precision", "model", "optimizer", "schedule", "pretrain"),
+        ("seed", "precision", "kernels", "model", "optimizer", "schedule", "pretrain"),
         {"tokenizer": "prepare", "corpus": "prepare"},
         partial(run, config),
         partial(check, config),
@@ -122,6 +123,8 @@ def run(config: PretrainConfig, sections: Mapping[str, Any], context: StageConte
     else:
         model_config = sections["model"].model_copy(update={"vocab_size": tokenizer.vocab_size})
         model = build_model(context.registry, model_config, seed=sections["seed"]).to(device)
+    if sections["precision"] == "fp8":
+        train_in_fp8(model)
     trainer = Trainer(
         model,
         context.registry.build("optimizer", sections["optimizer"], model, lr=config.lr),

@@ -22,6 +22,7 @@ from ..finetune.method import FineTuning
 from ..finetune.start import load_start
 from ..model.cost import count
 from ..model.directory import save_model
+from ..model.fp8 import train_in_fp8
 from ..model.precision import resolve
 from ..model.transformer import Transformer
 from ..registry import Registry
@@ -60,7 +61,7 @@ def build(config: SFTConfig) -> Stage:
     """Base model to one that answers in chat form."""
     return Stage(
         "sft",
-        ("seed", "precision", "optimizer", "schedule", "finetune", "sft"),
+        ("seed", "precision", "kernels", "optimizer", "schedule", "finetune", "sft"),
         {"problems": "prepare", "base_model": "pretrain"},
         partial(run, config),
         partial(check, config),
@@ -133,6 +134,8 @@ def run(config: SFTConfig, sections: Mapping[str, Any], context: StageContext) -
     """Fine-tune the base model on worked and bare solutions."""
     start = load_start(context.inputs["base_model"], context.registry, pick_device())
     model, tokenizer = start.model, start.tokenizer
+    if sections["precision"] == "fp8":
+        train_in_fp8(model)
     problems = context.inputs["problems"]
     cost = count(model)
     tuning: FineTuning = context.registry.build(

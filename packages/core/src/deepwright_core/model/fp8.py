@@ -1,0 +1,97 @@
+"""Training in FP8 as DeepSeek-V3 was (report, section 3.3): the products of attention's and feed-forwards' projections.
+
+Activations are quantised in blocks of 1 x 128, weights in blocks of 128 x 128, gradients like activations; forward,
+dgrad and wgrad multiply e4m3 and add up in float32 every 128 values. Everything else stays as under bf16: embedding,
+head, routers, norms, attention itself, the projections of MTP modules, and the float32 weights that are updated.
+
+It is applied to a finished model from outside, before adapters are put on it and before training. A converted model
+has the same parameters under the same names, so checkpoints do not know of it. It multiplies in FP8 while it trains;
+in evaluation and generation it is the plain model under autocast.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeGuard, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from deepwright_kernels import fp8_linear
+
+from ..errors import RequestError
+from .transformer import Transformer
+
+# e4m3 in the tensor cores came with Ada.
+LEAST_CAPABILITY = (8, 9)
+# Rows of FP8 operands have to begin at multiples of 16 bytes.
+MULTIPLE = 16
+
+
+@runtime_checkable
+class TrainsInFp8(Protocol):
+    """A module that multiplies by its weights itself and can do it in FP8 while it trains."""
+
+    def train_in_fp8(self) -> None: ...
+
+
+class Fp8Linear(nn.Linear):
+    """A linear layer that multiplies in block-scaled FP8 while it trains."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        output = fp8_linear(input, self.weight)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+
+def fp8_problems(model: Transformer, device: torch.device, where: str = "model") -> list[str]:
+    """A sentence for each reason why this model cannot train in FP8 on this device; the model may be on meta.
+    `where` is the config section that describes it."""
+    problems = []
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        problems.append(
+            f"precision is fp8, but {torch.cuda.get_device_name(device)} has no FP8 products (they came with compute "
+            "capability 8.9). Set precision=bf16."
+        )
+    sizes = {name: module for part in _parts(model) for name, module in part.named_modules() if _is_plain(module)}
+    for name, linear in sizes.items():
+        if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
+            problems.append(
+                f"precision is fp8, but the layer '{name}' of {where} has the sizes {linear.in_features} -> "
+                f"{linear.out_features}; expected multiples of {MULTIPLE}. Change the sizes, or set precision=bf16."
+            )
+    return problems
+
+
+def train_in_fp8(model: Transformer) -> None:
+    """Convert the projections of every block, MTP modules' blocks included. `RequestError` if it cannot be."""
+    problems = fp8_problems(model, next(model.parameters()).device)
+    if problems:
+        raise RequestError(problems)
+    for part in _parts(model):
+        for module in part.modules():
+            if isinstance(module, TrainsInFp8):
+                module.train_in_fp8()
+        for name, module in list(part.named_modules()):
+            if _is_plain(module):
+                parent, _, place = name.rpartition(".")
+                setattr(part.get_submodule(parent), place, _converted(module))
+
+
+def _parts(model: Transformer) -> list[nn.Module]:
+    """What is converted: attention and feed-forward of every block."""
+    blocks = [*model.layers, *(module.block for module in model.mtp)]
+    return [cast(nn.Module, part) for block in blocks for part in (block.attention, block.ffn)]
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    # Not by isinstance: what is derived from it (an adapter's parametrization, a variant's own layer) is not ours.
+    return type(module) is nn.Linear
+
+
+def _converted(linear: nn.Linear) -> Fp8Linear:
+    """The same parameters in a layer of the other kind."""
+    with torch.device("meta"):
+        converted = Fp8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    converted.weight, converted.bias = linear.weight, linear.bias
+    return converted.train(linear.training)
