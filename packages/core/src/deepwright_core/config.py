@@ -74,8 +74,8 @@ def validate(registry: Registry, composed: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise RequestError(problems)
     if sections.get("precision") == "fp8":
-        for where, config in _models(sections).items():
-            problems += fp8_problems(_on_meta(registry, config), pick_device(), where)
+        for where, described in _models(sections).items():
+            problems += fp8_problems(_on_meta(registry, described), pick_device(), where)
     if "finetune" in sections and "model" in sections:
         problems += sections["finetune"].problems(partial(_on_meta, registry, sections["model"]), "finetune")
     for name in stage_names:
