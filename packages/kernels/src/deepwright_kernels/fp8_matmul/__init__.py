@@ -18,8 +18,12 @@ def _why_not_hopper(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Ten
 
 dispatch.operator(
     NAME,
-    {"reference": f"{__name__}.reference:{NAME}", "cuda": f"{__name__}.hopper:{NAME}"},
-    cuda=("reference",),
+    {
+        "reference": f"{__name__}.reference:{NAME}",
+        "triton": f"{__name__}.triton:{NAME}",
+        "cuda": f"{__name__}.hopper:{NAME}",
+    },
+    cuda=("triton", "reference"),
     needs={"cuda": _why_not_hopper},
 )
 

@@ -38,8 +38,14 @@ struct alignas(64) TensorMap {
 #define B_SCALE_BYTES (ROW_SCALES_B * BLOCK_N * 4)
 #define STAGE_BYTES (A_BYTES + B_BYTES + A_SCALE_BYTES + B_SCALE_BYTES)
 
-// Shared memory: all A, all B (each tile at a multiple of 1024 bytes, as the swizzle needs), scales, barriers.
-#define B_AT (STAGES * A_BYTES)
+// On its way out a team's part of C passes through two boxes of 64 rows of 128 bytes at a time.
+#define BOX_COLUMNS (FLOAT_OUT ? 32 : 64)
+#define BOX_BYTES (64 * 128)
+#define TEAM_BOXES_BYTES (2 * BOX_BYTES)
+
+// Shared memory: boxes of C, all A, all B (each at a multiple of 1024 bytes, as the swizzle needs), scales, barriers.
+#define A_AT (COPIES_OUT * 2 * TEAM_BOXES_BYTES)
+#define B_AT (A_AT + STAGES * A_BYTES)
 #define A_SCALE_AT (B_AT + STAGES * B_BYTES)
 #define B_SCALE_AT (A_SCALE_AT + STAGES * A_SCALE_BYTES)
 #define BARRIERS_AT (B_SCALE_AT + STAGES * B_SCALE_BYTES)
@@ -334,6 +340,68 @@ __device__ __forceinline__ void store(
     }
 }
 
+__device__ __forceinline__ void team_sync(int team) {
+    asm volatile("barrier.sync %0, 128;\n" ::"r"(team + 3) : "memory");
+}
+
+// A wave's sums to memory by way of shared memory: the copy engine writes while the next tile is already computed.
+__device__ __forceinline__ void store_by_copies(
+    const float (&sum)[WAVE_N / 2], const TensorMap& map, u32 to, const Tile& tile, int column, int columns, int team,
+    int warp, int lane) {
+    const bool leader = warp % 4 == 0 && lane == 0;
+#pragma unroll
+    for (int first = 0; first < WAVE_N / BOX_COLUMNS; first += 2) {
+        if (leader) asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
+        team_sync(team);
+#pragma unroll
+        for (int box = first; box < first + 2 && box < WAVE_N / BOX_COLUMNS; ++box) {
+            const u32 box_at = to + (box - first) * BOX_BYTES + warp % 4 * 16 * 128;
+#if FLOAT_OUT
+            const int row = lane / 4, quarter = lane % 4;
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int i = 4 * (4 * box + j) + 2 * half;
+                    const u32 at = box_at + (row + 8 * half) * 128 + ((2 * j + quarter / 2) ^ row) * 16 + quarter % 2 * 8;
+                    asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(at), "f"(sum[i]), "f"(sum[i + 1]) : "memory");
+                }
+#else
+            // Lanes 0-7, 8-15, .. name the rows of the four 8 x 8 matrices: two of eight columns, then two of the next.
+            const int row = lane % 16;
+#pragma unroll
+            for (int j = 0; j < 8; j += 2) {
+                const float* d = sum + 4 * (8 * box + j);
+                asm volatile(
+                    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
+                        box_at + row * 128 + ((j + lane / 16) ^ (row & 7)) * 16),
+                    "r"(bfloat16_pair(d[0], d[1])), "r"(bfloat16_pair(d[2], d[3])), "r"(bfloat16_pair(d[4], d[5])),
+                    "r"(bfloat16_pair(d[6], d[7]))
+                    : "memory");
+            }
+#endif
+        }
+        asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+        team_sync(team);
+        if (leader) {
+            for (int box = first; box < first + 2 && box < WAVE_N / BOX_COLUMNS; ++box) {
+                const int at = column + box * BOX_COLUMNS;
+                if (at >= columns) break;
+                asm volatile(
+#if SCHEDULE == 2
+                    "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];\n"
+#else
+                    "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n"
+#endif
+                    ::"l"(&map), "r"(to + (box - first) * BOX_BYTES), "r"(at), "r"(tile.row + team * 64),
+                    "r"(tile.group)
+                    : "memory");
+            }
+            asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+        }
+    }
+}
+
 #if CLUSTER > 1
 #define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
 #else
@@ -345,6 +413,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
     const __grid_constant__ TensorMap b_map,
     const __grid_constant__ TensorMap a_scale_map,
     const __grid_constant__ TensorMap b_scale_map,
+    const __grid_constant__ TensorMap out_map,
     const float* __restrict__ b_scale,
     const int* __restrict__ ends,
     void* __restrict__ out,
@@ -385,9 +454,9 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
 #if CLUSTER > 1
                         const int part = rank * (BLOCK_M / CLUSTER);
                         load_tile_for_all(
-                            a_map, base + stage * A_BYTES + part * BLOCK_K, ready, block * BLOCK_K, tile.row + part);
+                            a_map, base + A_AT + stage * A_BYTES + part * BLOCK_K, ready, block * BLOCK_K, tile.row + part);
 #else
-                        load_tile(a_map, base + stage * A_BYTES, ready, block * BLOCK_K, tile.row);
+                        load_tile(a_map, base + A_AT + stage * A_BYTES, ready, block * BLOCK_K, tile.row);
 #endif
                         const u32 b_to = base + B_AT + stage * B_BYTES;
 #if SCHEDULE == 1
@@ -435,7 +504,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
             }
 #endif
             for (int block = 0; block < tile.count; ++block) {
-                const u32 a_at = base + stage * A_BYTES + team * 64 * BLOCK_K;
+                const u32 a_at = base + A_AT + stage * A_BYTES + team * 64 * BLOCK_K;
                 const u32 b_at = base + B_AT + stage * B_BYTES;
                 const u32 a_scale_at = base + A_SCALE_AT + stage * A_SCALE_BYTES + row_in_tile * 4;
 #if !ROW_SCALES_B
@@ -517,13 +586,21 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
                 }
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
+#if COPIES_OUT
+#pragma unroll
+            for (int w = 0; w < WAVES; ++w)
+                store_by_copies(
+                    sum[w], out_map, base + team * TEAM_BOXES_BYTES, tile, tile.column + w * WAVE_N, columns, team, warp,
+                    lane);
+#else
             void* to = out;
-            if (SCHEDULE == 2)
-                to = (char*)out + (u64)tile.group * rows * columns * (FLOAT_OUT ? 4 : 2);
+            if (SCHEDULE == 2) to = (char*)out + (u64)tile.group * rows * columns * (FLOAT_OUT ? 4 : 2);
 #pragma unroll
             for (int w = 0; w < WAVES; ++w)
                 store(sum[w], to, tile.row + row_in_tile, tile.column + w * WAVE_N, rows, columns, lane);
+#endif
         }
+        if (COPIES_OUT && warp % 4 == 0 && lane == 0) asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory");
     }
     if (CLUSTER > 1) {
         cluster_sync();  // a block must not end while another one still copies into it or signals its barriers

@@ -36,6 +36,7 @@ class Tiling:
     order: int = 0
     stream: int = 0
     registers: int = 0
+    copies: int = 0
 
     @property
     def columns(self) -> int:
@@ -44,8 +45,9 @@ class Tiling:
     def shared_bytes(self, row_scales_b: bool) -> tuple[int, int]:
         """How many stages fit, and the shared memory that they take."""
         stage = (BLOCK_M + self.columns) * BLOCK_K + 4 * BLOCK_M + 4 * self.columns * row_scales_b + 16
-        stages = LARGEST_SHARED_BYTES // stage
-        return stages, stages * stage
+        boxes = self.copies * 4 * 64 * 128
+        stages = (LARGEST_SHARED_BYTES - boxes) // stage
+        return stages, boxes + stages * stage
 
 
 @cache
@@ -100,6 +102,7 @@ def launch(
             "ORDER": tiling.order,
             "STREAM": tiling.stream,
             "REGISTERS_A": tiling.registers,
+            "COPIES_OUT": tiling.copies,
             "ROW_SCALES_B": int(row_scales_b),
             "FLOAT_OUT": int(out.dtype == torch.float32),
         },
@@ -115,6 +118,7 @@ def launch(
         TensorMap(b, b_box),
         a_scale_map,
         TensorMap(_scales_for_copies(b_scale), (1, tiling.columns), swizzle=0) if row_scales_b else a_scale_map,
+        TensorMap(out, (*[1] * (out.ndim - 2), 64, 128 // out.element_size())),
         b_scale,
         b_scale if ends_E is None else ends_E,
         out,
