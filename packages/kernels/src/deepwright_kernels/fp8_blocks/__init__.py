@@ -7,10 +7,27 @@ from torch import Tensor
 
 from .. import dispatch
 from ..arguments import FLOATS, require, require_device, require_dtype, require_shape
+from ..fp8_layout import BLOCK
 
 QUANTISE, DEQUANTISE = "quantise_fp8_blocks", "dequantise_fp8_blocks"
-for name in (QUANTISE, DEQUANTISE):
-    dispatch.operator(name, {"reference": f"{__name__}.reference:{name}"}, cuda=("reference",))
+KERNEL_BLOCK = (BLOCK, BLOCK)
+
+
+def _fastest_on_cuda(x_NK: Tensor, block: tuple[int, int] = KERNEL_BLOCK, *_: bool) -> tuple[str, ...]:
+    return ("triton", "reference") if tuple(block) == KERNEL_BLOCK else ("reference",)
+
+
+def _triton_needs(x_NK: Tensor, block: tuple[int, int], *_: bool) -> str | None:
+    return None if tuple(block) == KERNEL_BLOCK else f"its kernel is for blocks of 128 x 128 and the block is {block}"
+
+
+dispatch.operator(
+    QUANTISE,
+    {"reference": f"{__name__}.reference:{QUANTISE}", "triton": f"{__name__}.triton:{QUANTISE}"},
+    cuda=_fastest_on_cuda,
+    needs={"triton": _triton_needs},
+)
+dispatch.operator(DEQUANTISE, {"reference": f"{__name__}.reference:{DEQUANTISE}"}, cuda=("reference",))
 
 SCALES = (torch.float32, torch.float8_e8m0fnu)
 

@@ -20,8 +20,12 @@ def _why_not_hopper(
 
 dispatch.operator(
     NAME,
-    {"reference": f"{__name__}.reference:{NAME}", "cuda": "deepwright_kernels.fp8_matmul.hopper:fp8_grouped_outer"},
-    cuda=("reference",),
+    {
+        "reference": f"{__name__}.reference:{NAME}",
+        "triton": f"{__name__}.triton:{NAME}",
+        "cuda": "deepwright_kernels.fp8_matmul.hopper:fp8_grouped_outer",
+    },
+    cuda=("triton", "reference"),
     needs={"cuda": _why_not_hopper},
 )
 

@@ -13,7 +13,7 @@ from ..arguments import FLOATS, require_dtype, require_shape
 
 ROWS, COLUMNS, BOTH = "quantise_fp8_rows", "quantise_fp8_columns", "quantise_fp8_rows_and_columns"
 for name in (ROWS, COLUMNS, BOTH):
-    dispatch.operator(name, {"reference": f"{__name__}.reference:{name}"}, cuda=("reference",))
+    dispatch.operator(name, {"reference": f"{__name__}.reference:{name}", "triton": f"{__name__}.triton:{name}"})
 
 
 def _require(operator: str, x_TK: Tensor) -> None:

@@ -14,7 +14,7 @@ from ..arguments import FLOATS, require, require_device, require_dtype, require_
 
 FORWARD, BACKWARD = "swiglu_quantise_fp8", "swiglu_backward_quantise_fp8"
 for name in (FORWARD, BACKWARD):
-    dispatch.operator(name, {"reference": f"{__name__}.reference:{name}"}, cuda=("reference",))
+    dispatch.operator(name, {"reference": f"{__name__}.reference:{name}", "triton": f"{__name__}.triton:{name}"})
 
 
 def _require(operator: str, gate_up_TJ: Tensor) -> None:

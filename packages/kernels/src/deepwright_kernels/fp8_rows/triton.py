@@ -1,0 +1,288 @@
+"""Quantising activations as Triton kernels, each of which reads every value once.
+
+Along rows, a program takes a few tokens of some blocks of 128 columns; the absolute maximum of a block is found in
+registers. Along columns, a program takes 128 tokens of a block of columns, and the values go through shared memory once
+to be written as rows of the transpose. Both at once is the second kernel with the first one's output as well.
+
+Maxima are taken of the bits of absolute values, as integers: those order as the values do, with infinity above every
+number and NaN above infinity, so what is not finite is never lost.
+
+Shapes: T tokens, K columns, V = ⌈K/128⌉ and U = ⌈T/128⌉ blocks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..fp8_layout import BLOCK, blocks, empty_row_scales, empty_values
+
+ROWS_TOKENS = 32
+ROWS_BLOCKS = 1
+COLUMNS_WIDTH = 128
+COLUMNS_WARPS = 8
+
+
+@triton.jit
+def scale_of(bits, POWER_OF_TWO: tl.constexpr):
+    """amax / 448 of the bits of absolute maxima: amax at least 1e-4, NaN and infinity stay, perhaps a power of two."""
+    amax = bits.to(tl.float32, bitcast=True)
+    scale = tl.div_rn(tl.where(amax < 1e-4, 1e-4, amax), 448.0)
+    if POWER_OF_TWO:
+        # Adding all ones below the exponent carries into it unless the mantissa is zero.
+        power = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        scale = tl.where(bits < 0x7F800000, power.to(tl.float32, bitcast=True), scale)
+    return scale
+
+
+@triton.jit
+def absolute_bits(x):
+    """The bits of |x|, which order as |x| does."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def store_rows(
+    x_TK,
+    token_T,
+    column_K,
+    values_ptr,
+    scale_ptr,
+    tokens,
+    columns,
+    values_stride,
+    scale_stride,
+    POWER_OF_TWO: tl.constexpr,
+):
+    """Quantise a float32 tile of whole blocks of 128 columns along its rows, and store it."""
+    TOKENS: tl.constexpr = x_TK.shape[0]
+    BLOCKS: tl.constexpr = x_TK.shape[1] // 128
+    x_TBK = tl.reshape(x_TK, (TOKENS, BLOCKS, 128))
+    scale_TB = scale_of(tl.max(absolute_bits(x_TBK), axis=2), POWER_OF_TWO)
+    values_TBK = (x_TBK * tl.div_rn(1.0, scale_TB)[:, :, None]).to(tl.float8e4nv)
+    # Columns up to the stride, not to the last one: the zeros in between keep the stores wide.
+    tl.store(
+        values_ptr + token_T.to(tl.int64)[:, None] * values_stride + column_K[None, :],
+        tl.reshape(values_TBK, (TOKENS, BLOCKS * 128)),
+        mask=(token_T[:, None] < tokens) & (column_K[None, :] < values_stride),
+    )
+    block_B = tl.min(column_K, axis=0) // 128 + tl.arange(0, BLOCKS)
+    tl.store(
+        scale_ptr + block_B[None, :] * scale_stride + token_T[:, None],
+        scale_TB,
+        mask=(token_T[:, None] < tokens) & (block_B[None, :] * 128 < columns),
+    )
+
+
+@triton.jit
+def store_columns(
+    x_TK, block, column_K, values_ptr, scale_ptr, columns, values_stride, scale_stride, POWER_OF_TWO: tl.constexpr
+):
+    """Quantise a float32 tile of 128 tokens, block number `block` of them, along its columns; store the transpose."""
+    scale_K = scale_of(tl.max(absolute_bits(x_TK), axis=0), POWER_OF_TWO)
+    values_TK = (x_TK * tl.div_rn(1.0, scale_K)[None, :]).to(tl.float8e4nv)
+    token_T = block * 128 + tl.arange(0, 128)
+    tl.store(
+        values_ptr + column_K.to(tl.int64)[:, None] * values_stride + token_T[None, :],
+        tl.trans(values_TK),
+        mask=(column_K[:, None] < columns) & (token_T[None, :] < values_stride),
+    )
+    tl.store(scale_ptr + block * scale_stride + column_K, scale_K, mask=column_K < columns)
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr,
+    values_ptr,
+    scale_ptr,
+    tokens,
+    columns,
+    x_stride,
+    values_stride,
+    scale_stride,
+    POWER_OF_TWO: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    across = tl.cdiv(columns, BLOCKS * 128)
+    token_T = tl.program_id(0) // across * TOKENS + tl.arange(0, TOKENS)
+    column_K = tl.program_id(0) % across * (BLOCKS * 128) + tl.arange(0, BLOCKS * 128)
+    x_TK = tl.load(
+        x_ptr + token_T.to(tl.int64)[:, None] * x_stride + column_K[None, :],
+        mask=(token_T[:, None] < tokens) & (column_K[None, :] < columns),
+        other=0.0,
+    )
+    store_rows(
+        x_TK.to(tl.float32),
+        token_T,
+        column_K,
+        values_ptr,
+        scale_ptr,
+        tokens,
+        columns,
+        values_stride,
+        scale_stride,
+        POWER_OF_TWO,
+    )
+
+
+@triton.jit
+def _columns_kernel(
+    x_ptr,
+    rows_ptr,
+    rows_scale_ptr,
+    columns_ptr,
+    columns_scale_ptr,
+    tokens,
+    columns,
+    x_stride,
+    rows_stride,
+    rows_scale_stride,
+    columns_stride,
+    columns_scale_stride,
+    ROWS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    across = tl.cdiv(columns, WIDTH)
+    block = tl.program_id(0) // across
+    token_T = block * 128 + tl.arange(0, 128)
+    column_K = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
+    x_TK = tl.load(
+        x_ptr + token_T.to(tl.int64)[:, None] * x_stride + column_K[None, :],
+        mask=(token_T[:, None] < tokens) & (column_K[None, :] < columns),
+        other=0.0,
+    ).to(tl.float32)
+    if ROWS:
+        store_rows(
+            x_TK,
+            token_T,
+            column_K,
+            rows_ptr,
+            rows_scale_ptr,
+            tokens,
+            columns,
+            rows_stride,
+            rows_scale_stride,
+            POWER_OF_TWO,
+        )
+    store_columns(
+        x_TK,
+        block,
+        column_K,
+        columns_ptr,
+        columns_scale_ptr,
+        columns,
+        columns_stride,
+        columns_scale_stride,
+        POWER_OF_TWO,
+    )
+
+
+def side_by_side(x_TK: Tensor) -> Tensor:
+    """x with the values of a row side by side; a copy only when it has to be one."""
+    return x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
+
+
+def empty_rows(tokens: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for the values and the scales of a matrix that is quantised along its rows."""
+    return empty_values(tokens, columns, device), empty_row_scales(tokens, columns, device)
+
+
+@torch.library.custom_op("deepwright::quantise_fp8_rows", mutates_args=())
+def _rows(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+    x_TK = side_by_side(x_TK)
+    tokens, columns = x_TK.shape
+    values_TK, scale_TV = empty_rows(tokens, columns, x_TK.device)
+    if x_TK.numel():
+        _rows_kernel[(triton.cdiv(tokens, ROWS_TOKENS) * triton.cdiv(columns, ROWS_BLOCKS * BLOCK),)](
+            x_TK,
+            values_TK,
+            scale_TV,
+            tokens,
+            columns,
+            x_TK.stride(0),
+            values_TK.stride(0),
+            scale_TV.stride(1),
+            POWER_OF_TWO=power_of_two_scales,
+            TOKENS=ROWS_TOKENS,
+            BLOCKS=ROWS_BLOCKS,
+            num_warps=4,
+        )
+    return values_TK, scale_TV
+
+
+@_rows.register_fake
+def _(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+    return empty_rows(x_TK.shape[0], x_TK.shape[1], x_TK.device)
+
+
+def _along_columns(
+    x_TK: Tensor, rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor], power_of_two_scales: bool
+) -> None:
+    """Fill `columns`, and `rows` as well if they are there."""
+    x_TK = side_by_side(x_TK)
+    if not x_TK.numel():
+        return
+    tokens, width = x_TK.shape
+    values_TK, scale_TV = rows or columns
+    values_KT, scale_KU = columns
+    _columns_kernel[(blocks(tokens) * triton.cdiv(width, COLUMNS_WIDTH),)](
+        x_TK,
+        values_TK,
+        scale_TV,
+        values_KT,
+        scale_KU,
+        tokens,
+        width,
+        x_TK.stride(0),
+        values_TK.stride(0),
+        scale_TV.stride(1),
+        values_KT.stride(0),
+        scale_KU.stride(1),
+        ROWS=rows is not None,
+        POWER_OF_TWO=power_of_two_scales,
+        WIDTH=COLUMNS_WIDTH,
+        num_warps=COLUMNS_WARPS,
+    )
+
+
+@torch.library.custom_op("deepwright::quantise_fp8_columns", mutates_args=())
+def _columns(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+    columns = empty_rows(x_TK.shape[1], x_TK.shape[0], x_TK.device)
+    _along_columns(x_TK, None, columns, power_of_two_scales)
+    return columns
+
+
+@_columns.register_fake
+def _(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+    return empty_rows(x_TK.shape[1], x_TK.shape[0], x_TK.device)
+
+
+@torch.library.custom_op("deepwright::quantise_fp8_rows_and_columns", mutates_args=())
+def _rows_and_columns(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, width = x_TK.shape
+    rows, columns = empty_rows(tokens, width, x_TK.device), empty_rows(width, tokens, x_TK.device)
+    _along_columns(x_TK, rows, columns, power_of_two_scales)
+    return *rows, *columns
+
+
+@_rows_and_columns.register_fake
+def _(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, width = x_TK.shape
+    return *empty_rows(tokens, width, x_TK.device), *empty_rows(width, tokens, x_TK.device)
+
+
+def quantise_fp8_rows(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+    """Values [T, K] and scales [T, V]."""
+    return _rows(x_TK, power_of_two_scales)
+
+
+def quantise_fp8_columns(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+    """Values [K, T] and scales [K, U]."""
+    return _columns(x_TK, power_of_two_scales)
+
+
+def quantise_fp8_rows_and_columns(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both, rows first."""
+    return _rows_and_columns(x_TK, power_of_two_scales)

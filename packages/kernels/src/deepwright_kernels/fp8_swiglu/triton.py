@@ -1,0 +1,247 @@
+"""SwiGLU with quantisation as Triton kernels: forward one pass along rows, backward one along rows and columns at once.
+
+The backward kernel reads a tile of gates, ups and hidden gradients once and writes five tiles of FP8: the gradients of
+gate and up along rows and along columns, and the hidden values along columns. It asks for a hidden size that is a
+multiple of 128, so that no block of 128 columns holds gates and ups; with others the gradients are written in float32
+by torch's operations and quantised from there.
+
+Shapes: T tokens, I hidden size, J = 2 I gates and ups, V and U = ⌈T/128⌉ blocks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..fp8_layout import BLOCK, blocks
+from ..fp8_rows.triton import (
+    empty_rows,
+    quantise_fp8_columns,
+    quantise_fp8_rows_and_columns,
+    side_by_side,
+    store_columns,
+    store_rows,
+)
+from .reference import swiglu_gradients
+
+FORWARD_TOKENS = 16
+BACKWARD_WARPS = 16
+
+
+@triton.jit
+def _load(ptr, token_T, column_K, tokens, columns, stride):
+    return tl.load(
+        ptr + token_T.to(tl.int64)[:, None] * stride + column_K[None, :],
+        mask=(token_T[:, None] < tokens) & (column_K[None, :] < columns),
+        other=0.0,
+    ).to(tl.float32)
+
+
+@triton.jit
+def _forward_kernel(
+    gate_up_ptr,
+    values_ptr,
+    scale_ptr,
+    tokens,
+    hidden,
+    gate_up_stride,
+    values_stride,
+    scale_stride,
+    POWER_OF_TWO: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    across = tl.cdiv(hidden, 128)
+    token_T = tl.program_id(0) // across * TOKENS + tl.arange(0, TOKENS)
+    column_I = tl.program_id(0) % across * 128 + tl.arange(0, 128)
+    gate_TI = _load(gate_up_ptr, token_T, column_I, tokens, hidden, gate_up_stride)
+    up_TI = _load(gate_up_ptr + hidden, token_T, column_I, tokens, hidden, gate_up_stride)
+    hidden_TI = gate_TI * tl.sigmoid(gate_TI) * up_TI
+    store_rows(
+        hidden_TI,
+        token_T,
+        column_I,
+        values_ptr,
+        scale_ptr,
+        tokens,
+        hidden,
+        values_stride,
+        scale_stride,
+        POWER_OF_TWO,
+    )
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr,
+    gate_up_ptr,
+    rows_ptr,
+    rows_scale_ptr,
+    columns_ptr,
+    columns_scale_ptr,
+    hidden_ptr,
+    hidden_scale_ptr,
+    tokens,
+    hidden,
+    grad_stride,
+    gate_up_stride,
+    rows_stride,
+    rows_scale_stride,
+    columns_stride,
+    columns_scale_stride,
+    hidden_scale_stride,
+    POWER_OF_TWO: tl.constexpr,
+):
+    # h = silu(g) · u; given dh: du = dh · silu(g) and dg = dh · u · σ(g) · (1 + g · (1 − σ(g))).
+    across = hidden // 128
+    block = tl.program_id(0) // across
+    token_T = block * 128 + tl.arange(0, 128)
+    gate_I = tl.program_id(0) % across * 128 + tl.arange(0, 128)
+    up_I = gate_I + hidden
+    both = 2 * hidden
+    # Each part loads what it needs again, from the first-level cache: all of it does not fit into the registers.
+    gate_TI = _load(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+    up_TI = _load(gate_up_ptr + hidden, token_T, gate_I, tokens, hidden, gate_up_stride)
+    store_columns(
+        gate_TI * tl.sigmoid(gate_TI) * up_TI,
+        block,
+        gate_I,
+        hidden_ptr,
+        hidden_scale_ptr,
+        hidden,
+        columns_stride,
+        hidden_scale_stride,
+        POWER_OF_TWO,
+    )
+    grad_TI = _load(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
+    gate_TI = _load(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+    grad_up_TI = grad_TI * gate_TI * tl.sigmoid(gate_TI)
+    store_rows(
+        grad_up_TI, token_T, up_I, rows_ptr, rows_scale_ptr, tokens, both, rows_stride, rows_scale_stride, POWER_OF_TWO
+    )
+    store_columns(
+        grad_up_TI,
+        block,
+        up_I,
+        columns_ptr,
+        columns_scale_ptr,
+        both,
+        columns_stride,
+        columns_scale_stride,
+        POWER_OF_TWO,
+    )
+    grad_TI = _load(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
+    up_TI = _load(gate_up_ptr + hidden, token_T, gate_I, tokens, hidden, gate_up_stride)
+    grad_TI = grad_TI * up_TI
+    gate_TI = _load(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+    sigmoid_TI = tl.sigmoid(gate_TI)
+    grad_gate_TI = grad_TI * sigmoid_TI * (1.0 + gate_TI * (1.0 - sigmoid_TI))
+    store_rows(
+        grad_gate_TI,
+        token_T,
+        gate_I,
+        rows_ptr,
+        rows_scale_ptr,
+        tokens,
+        both,
+        rows_stride,
+        rows_scale_stride,
+        POWER_OF_TWO,
+    )
+    store_columns(
+        grad_gate_TI,
+        block,
+        gate_I,
+        columns_ptr,
+        columns_scale_ptr,
+        both,
+        columns_stride,
+        columns_scale_stride,
+        POWER_OF_TWO,
+    )
+
+
+@torch.library.custom_op("deepwright::swiglu_quantise_fp8", mutates_args=())
+def _forward(gate_up_TJ: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+    gate_up_TJ = side_by_side(gate_up_TJ)
+    tokens, hidden = gate_up_TJ.shape[0], gate_up_TJ.shape[1] // 2
+    values_TI, scale_TV = empty_rows(tokens, hidden, gate_up_TJ.device)
+    if gate_up_TJ.numel():
+        _forward_kernel[(triton.cdiv(tokens, FORWARD_TOKENS) * blocks(hidden),)](
+            gate_up_TJ,
+            values_TI,
+            scale_TV,
+            tokens,
+            hidden,
+            gate_up_TJ.stride(0),
+            values_TI.stride(0),
+            scale_TV.stride(1),
+            POWER_OF_TWO=power_of_two_scales,
+            TOKENS=FORWARD_TOKENS,
+            num_warps=4,
+        )
+    return values_TI, scale_TV
+
+
+@_forward.register_fake
+def _(gate_up_TJ: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+    return empty_rows(gate_up_TJ.shape[0], gate_up_TJ.shape[1] // 2, gate_up_TJ.device)
+
+
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _empty(gate_up_TJ: Tensor) -> Six:
+    (tokens, both), device = gate_up_TJ.shape, gate_up_TJ.device
+    rows, columns = empty_rows(tokens, both, device), empty_rows(both, tokens, device)
+    return *rows, *columns, *empty_rows(both // 2, tokens, device)
+
+
+@torch.library.custom_op("deepwright::swiglu_backward_quantise_fp8", mutates_args=())
+def _backward(
+    grad_TI: Tensor, gate_up_TJ: Tensor, power_of_two_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden = gate_up_TJ.shape[1] // 2
+    grad_TI, gate_up_TJ = side_by_side(grad_TI), side_by_side(gate_up_TJ)
+    outputs = _empty(gate_up_TJ)
+    rows, rows_scale, columns, columns_scale, _, hidden_scale = outputs
+    if gate_up_TJ.numel():
+        _backward_kernel[(blocks(gate_up_TJ.shape[0]) * (hidden // BLOCK),)](
+            grad_TI,
+            gate_up_TJ,
+            *outputs,
+            gate_up_TJ.shape[0],
+            hidden,
+            grad_TI.stride(0),
+            gate_up_TJ.stride(0),
+            rows.stride(0),
+            rows_scale.stride(1),
+            columns.stride(0),
+            columns_scale.stride(1),
+            hidden_scale.stride(1),
+            POWER_OF_TWO=power_of_two_scales,
+            num_warps=BACKWARD_WARPS,
+        )
+    return outputs
+
+
+@_backward.register_fake
+def _(
+    grad_TI: Tensor, gate_up_TJ: Tensor, power_of_two_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty(gate_up_TJ)
+
+
+def swiglu_quantise_fp8(gate_up_TJ: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+    """Values [T, I] and scales [T, V] of silu(gate) · up."""
+    return _forward(gate_up_TJ, power_of_two_scales)
+
+
+def swiglu_backward_quantise_fp8(grad_TI: Tensor, gate_up_TJ: Tensor, power_of_two_scales: bool) -> Six:
+    """The gradient of gate and up along rows and along columns, and the hidden values along columns."""
+    if gate_up_TJ.shape[1] // 2 % BLOCK:
+        grad_TJ, hidden_TI = swiglu_gradients(grad_TI, gate_up_TJ)
+        return (
+            *quantise_fp8_rows_and_columns(grad_TJ, power_of_two_scales),
+            *quantise_fp8_columns(hidden_TI, power_of_two_scales),
+        )
+    return _backward(grad_TI, gate_up_TJ, power_of_two_scales)
