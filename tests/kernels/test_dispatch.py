@@ -32,6 +32,7 @@ def _without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_operator_has_a_reference() -> None:
     assert sorted(operators()) == [
         "add_rms_norm",
+        "context_attention",
         "dequantise_fp8_blocks",
         "fp8_grouped_matmul",
         "fp8_grouped_outer",
@@ -41,6 +42,7 @@ def test_every_operator_has_a_reference() -> None:
         "linear_cross_entropy",
         "mla_paged_decode",
         "newton_schulz",
+        "packed_attention",
         "quantise_fp8_blocks",
         "quantise_fp8_columns",
         "quantise_fp8_rows",

@@ -1,5 +1,6 @@
 """Operators of DeepSeek-style models: a PyTorch reference and Triton kernels for each."""
 
+from .context_attention import context_attention
 from .dispatch import BackendWarning, add_backend, backend_for, choices, configure, operators
 from .fp8_blocks import dequantise_fp8_blocks, quantise_fp8_blocks
 from .fp8_grouped_matmul import fp8_grouped_matmul
@@ -13,6 +14,7 @@ from .latent_cache_write import latent_cache_write
 from .linear_cross_entropy import linear_cross_entropy
 from .mla_paged_decode import mla_paged_decode
 from .newton_schulz import newton_schulz
+from .packed_attention import packed_attention
 from .rms_norm import add_rms_norm, rms_norm
 from .rotary import rotary, rotary_tail
 
@@ -23,6 +25,7 @@ __all__ = [
     "backend_for",
     "choices",
     "configure",
+    "context_attention",
     "dequantise_fp8_blocks",
     "fp8_grouped_linear",
     "fp8_grouped_matmul",
@@ -35,6 +38,7 @@ __all__ = [
     "mla_paged_decode",
     "newton_schulz",
     "operators",
+    "packed_attention",
     "quantise_fp8_blocks",
     "quantise_fp8_columns",
     "quantise_fp8_rows",
