@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from deepwright_core.registry import Registry
-from deepwright_core.training.optimizer import Muon, MuonConfig, orthogonalise
+from deepwright_core.training import optimizer as optimizer_module
+from deepwright_core.training.optimizer import Matrices, Muon, MuonConfig, batches
 
 
 class Little(nn.Module):
@@ -121,29 +122,30 @@ def test_muon_leaves_out_parameters_without_a_gradient() -> None:
     assert torch.equal(first, torch.ones(2, 2)) and not torch.equal(second, torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (4, 16), (16, 4), (1, 5)])
-def test_orthogonalised_singular_values_are_near_one(shape: tuple[int, int]) -> None:
-    """Near as the published coefficients come: between 0.7 and 1.2, whatever the spread was; directions are kept."""
-    torch.manual_seed(0)
-    u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-    spread = torch.logspace(0, -1.5, min(shape), dtype=torch.float64)
-    result = orthogonalise(u @ spread.diag() @ vh * 300, 5)
-    singular = torch.linalg.svdvals(result)
-    assert singular.min() > 0.65 and singular.max() < 1.25
-    mixed = u.T @ result @ vh.T
-    torch.testing.assert_close(mixed, mixed.diagonal().diag(), atol=1e-9, rtol=0)
-    assert (mixed.diagonal() > 0).all()
+def test_matrices_of_one_shape_go_in_batches_of_bounded_size() -> None:
+    """Order is kept within a shape, stacks that are too large are split, and nothing is left out or taken twice."""
+    shapes = [(3, 4), (2, 5), (5, 3, 4), (3, 4), (2, 5), (1, 3, 4)]
+    stacks = [Matrices(*(torch.full(shape, float(i)).view(-1, *shape[-2:]),) * 3) for i, shape in enumerate(shapes)]
+    found = [[(len(m.weight), int(m.weight[0, 0, 0])) for m in batch] for batch in batches(stacks, 36)]
+    assert found == [[(1, 0)], [(3, 2)], [(2, 2), (1, 3)], [(1, 5)], [(1, 1), (1, 4)]]
+    assert [[len(m.weight) for m in batch] for batch in batches(stacks[:2], 1)] == [[1], [1]]
 
 
-def test_a_stack_of_matrices_is_a_batch() -> None:
-    torch.manual_seed(0)
-    stack = torch.randn(4, 6, 3) * torch.tensor([1.0, 10.0, 0.1, 100.0])[:, None, None]
-    want = torch.stack([orthogonalise(matrix, 5) for matrix in stack])
-    torch.testing.assert_close(orthogonalise(stack, 5), want)
-
-
-def test_a_zero_gradient_is_no_update_and_no_nan() -> None:
-    assert torch.equal(orthogonalise(torch.zeros(2, 3, 4), 5), torch.zeros(2, 3, 4))
+def test_batches_change_no_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 6, 4), (2, 3, 6, 4)]
+    results = []
+    for values in (2**27, 50, 1):
+        monkeypatch.setattr(optimizer_module, "BATCH_VALUES", values)
+        generator = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimizer = Muon([{"params": parameters, "muon": True, "lr": 0.1}], MuonConfig(newton_schulz_precision="fp32"))
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        results.append([parameter.detach() for parameter in parameters])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
 
 
 def test_muon_updates_have_adamws_size() -> None:

@@ -8,18 +8,21 @@ Shapes of Muon: E matrices of equal shape [M, N] (experts are stacked, so a 3-D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from deepwright_kernels import newton_schulz
+
 from ..model.precision import has_bf16
 from ..registry import ComponentConfig, Registry
 
-# Quintic of Newton-Schulz as published with Muon (Jordan et al. 2024): fast near zero slope, not exactly convergent.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Values that Muon orthogonalises in one call: enough to fill a GPU (22 experts of 2816 x 2048), and with the products
+# about 1 GiB in bf16, however large the model is.
+BATCH_VALUES = 2**27
 
 
 class AdamWConfig(ComponentConfig):
@@ -45,21 +48,42 @@ class MuonConfig(AdamWConfig):
     newton_schulz_precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
-def orthogonalise(matrices_EMN: Tensor, steps: int) -> Tensor:
-    """Nearest (semi-)orthogonal matrices, approximately: Newton-Schulz on each, in the input's dtype."""
-    a, b, c = NEWTON_SCHULZ
-    x = matrices_EMN / (matrices_EMN.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+class Matrices(NamedTuple):
+    """Views of a parameter as a stack of matrices, of its gradient and of its momentum; all [E, M, N]."""
+
+    weight: Tensor
+    gradient: Tensor
+    momentum: Tensor
+
+    @property
+    def kind(self) -> tuple[torch.Size, torch.dtype, torch.device]:
+        """What matrices must have in common to go through one call."""
+        return self.weight.shape[1:], self.weight.dtype, self.weight.device
+
+
+def batches(stacks: Iterable[Matrices], most_values: int) -> Iterator[list[Matrices]]:
+    """All stacks, those of one shape together, in lists of at most `most_values` values (or of one larger matrix)."""
+    alike: dict[Any, list[Matrices]] = {}
+    for stack in stacks:
+        alike.setdefault(stack.kind, []).append(stack)
+    for stacks_of_a_kind in alike.values():
+        most = max(1, most_values // max(1, stacks_of_a_kind[0].weight[0].numel()))
+        batch, count = [], 0
+        for stack in stacks_of_a_kind:
+            for piece in map(Matrices._make, zip(*(part.split(most) for part in stack), strict=True)):
+                if batch and count + len(piece.weight) > most:
+                    yield batch
+                    batch, count = [], 0
+                batch.append(piece)
+                count += len(piece.weight)
+        yield batch
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `muon: True` take the orthogonalised update, the others AdamW's."""
+    """Groups with `muon: True` take the orthogonalised update, the others AdamW's.
+
+    Matrices of one shape (the same projection of all layers, all experts) are orthogonalised together.
+    """
 
     def __init__(self, groups: Iterable[dict[str, Any]], config: MuonConfig) -> None:
         self.config = config
@@ -68,20 +92,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            update = self._muon_update if group["muon"] else self._adamw_update
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update(parameter), alpha=-group["lr"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["muon"]:
+                for batch in batches(map(self._with_momentum, parameters), BATCH_VALUES):
+                    self._muon_update(batch, group["lr"])
+            else:
+                for parameter in parameters:
+                    parameter.add_(self._adamw_update(parameter), alpha=-group["lr"])
 
-    def _muon_update(self, parameter: Tensor) -> Tensor:
+    def _with_momentum(self, parameter: Tensor) -> Matrices:
+        """The parameter's matrices, its gradient taken into the momentum."""
         state = self.state[parameter]
-        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-        momentum.lerp_(parameter.grad, 1 - self.config.momentum)
-        nesterov = parameter.grad.lerp(momentum, self.config.momentum)  # type: ignore[union-attr]
-        scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
-        update = orthogonalise(nesterov.to(self._iteration_dtype(parameter.device)), self.config.newton_schulz_steps)
-        return update.to(parameter.dtype) * scale
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - self.config.momentum)
+        shape = (-1, *parameter.shape[-2:])
+        return Matrices(parameter.view(shape), parameter.grad.reshape(shape), state["momentum"].view(shape))  # type: ignore[union-attr]
+
+    def _muon_update(self, batch: list[Matrices], lr: float) -> None:
+        first, sizes = batch[0].weight, [len(stack.weight) for stack in batch]
+        nesterov_EMN = first.new_empty(sum(sizes), *first.shape[1:], dtype=self._iteration_dtype(first.device))
+        for target, stack in zip(nesterov_EMN.split(sizes), batch, strict=True):
+            target.copy_(stack.gradient.lerp(stack.momentum, self.config.momentum))
+        update_EMN = newton_schulz(nesterov_EMN, self.config.newton_schulz_steps)
+        scale = 0.2 * max(first.shape[1:]) ** 0.5
+        for update, stack in zip(update_EMN.split(sizes), batch, strict=True):
+            stack.weight.add_(update, alpha=-lr * scale)
 
     def _iteration_dtype(self, device: torch.device) -> torch.dtype:
         asked = self.config.newton_schulz_precision

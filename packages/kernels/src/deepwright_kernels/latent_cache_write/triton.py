@@ -87,9 +87,7 @@ def _kernel(
     cos_TF, sin_TF = cos_TF.to(tl.float32), sin_TF.to(tl.float32)
     turned_TF2 = tl.join(even_TF * cos_TF - odd_TF * sin_TF, even_TF * sin_TF + odd_TF * cos_TF)
     turned_TR = tl.reshape(turned_TF2, (BLOCK_T, 2 * BLOCK_F)).to(rope_TR.dtype).to(ropes_ptr.dtype.element_ty)
-    tl.store(
-        ropes_ptr + (slot_T * ropes_stride + ropes_start)[:, None] + column_R[None, :], turned_TR, mask=inside_TR
-    )
+    tl.store(ropes_ptr + (slot_T * ropes_stride + ropes_start)[:, None] + column_R[None, :], turned_TR, mask=inside_TR)
 
 
 @torch.library.custom_op("deepwright::latent_cache_write", mutates_args=("cache_NW",))

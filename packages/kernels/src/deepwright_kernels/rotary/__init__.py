@@ -23,7 +23,9 @@ for name in (ROTARY, TAIL):
 
 
 def _check_angles(operator: str, x: Tensor, cos: Tensor, sin: Tensor, pairs: int) -> None:
-    require(cos.shape == sin.shape, operator, "sin", f"has shape {shape_of(sin)} and cos {shape_of(cos)}; expected equal")
+    require(
+        cos.shape == sin.shape, operator, "sin", f"has shape {shape_of(sin)} and cos {shape_of(cos)}; expected equal"
+    )
     target = (*x.shape[:-1], pairs)
     for argument, tensor in (("cos", cos), ("sin", sin)):
         require_dtype(operator, argument, tensor, FLOATS)
