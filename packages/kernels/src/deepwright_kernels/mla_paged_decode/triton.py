@@ -1,22 +1,42 @@
-"""Absorbed decode over a paged latent cache as one Triton kernel.
+"""Absorbed decode over a paged latent cache in Triton: split along the keys, then combined ("flash decoding").
 
-A program owns one sequence and a tile of its (query, head) pairs, which all attend to the same keys: a tile of keys
-is loaded once for the whole tile of queries, used for the scores and, its latent part, again as the values. The
-softmax is online (Milakov and Gimelshein 2018). Keys beyond the length are never loaded.
+All (query, head) pairs of a sequence attend to the same keys, so a tile of keys is read once for a tile of such rows,
+used for the scores and, its latent part, again as the values. The softmax is online (Milakov and Gimelshein 2018).
 
-Leaves out: splitting a long sequence over several programs. With few sequences and few heads most of a GPU idles.
+As many programs run as the GPU has room for, whatever the batch. The tiles of keys of all sequences stand in one row,
+one sequence after the other, and every group of programs takes an equal share of that row: a part of a long sequence
+or several short ones. The lengths are read on the device, so the host need not know them. A sequence that lies in one
+group's share is finished there; of the others each group leaves a partial output in float32 with the logarithm of its
+sum of weights, which a second kernel combines. The result does not change from run to run; but where a sequence is
+cut depends on what runs beside it, and with that the last bits of its result.
 
-Shapes: B sequences, Q new tokens of each, H heads, X a tile of Q * H rows, K a tile of keys, C latent, R rope key.
+Shapes: B sequences, Q new tokens of each, H heads, X a tile of Q * H rows, K a tile of keys, C latent, R rope key,
+G groups of programs, S = C / 128 scales of a token, M partial outputs.
 """
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import SCALED_LATENTS
+
+LOG2_E = 1.4426950408889634
+# What a sequence costs beyond its tiles (queries are loaded, the pipeline of copies fills), in tiles.
+OVERHEAD: tl.constexpr = tl.constexpr(1)
+
 
 @triton.jit
-def _kernel(
+def _tiles(lengths_ptr, sequence, capacity, mask, BLOCK_K: tl.constexpr):
+    """Tiles of keys of a sequence, or of many; a length that the table of blocks cannot hold is cut."""
+    length = tl.load(lengths_ptr + sequence, mask=mask, other=0).to(tl.int32)
+    return tl.cdiv(tl.minimum(length, capacity), BLOCK_K)
+
+
+@triton.jit
+def _part_kernel(
     q_latent_ptr,
     q_rope_ptr,
     cache_ptr,
@@ -24,79 +44,370 @@ def _kernel(
     positions_ptr,
     lengths_ptr,
     out_ptr,
-    queries,
-    heads,
-    latent,
-    rope,
+    part_ptr,
+    lse_ptr,
+    plan_ptr,
+    batch,
     blocks_stride,
-    cache_stride,
-    block_size,
+    q_latent_stride_b,
+    q_latent_stride_q,
+    q_latent_stride_h,
+    q_rope_stride_b,
+    q_rope_stride_q,
+    q_rope_stride_h,
+    capacity,
     scale_log2,
+    groups,
+    row_tiles,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    CACHE_STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    FP8: tl.constexpr,
+    SCALED: tl.constexpr,
+    PAGED: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    SWAP: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
-    row_X = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
-    real_X = row_X < queries * heads
+    # Neighbours read the same keys for different rows: one of them finds them in the L2.
+    group = tl.program_id(0) // row_tiles
+    row_tile = tl.program_id(0) % row_tiles
+
+    index_B = tl.arange(0, BLOCK_B)
+    tiles_B = _tiles(lengths_ptr, index_B, capacity, index_B < batch, BLOCK_K)
+    cost_B = tl.where(tiles_B > 0, tiles_B + OVERHEAD, 0)
+    end_B = tl.cumsum(cost_B, axis=0)
+    total = tl.sum(cost_B, axis=0)
+    share = tl.cdiv(total, groups)
+    if tl.program_id(0) == 0:
+        tl.store(plan_ptr + index_B, end_B - cost_B, mask=index_B < batch)
+        tl.store(plan_ptr + batch, share)
+    place = group * share
+    stop = tl.minimum(place + share, total)
+    sequence = tl.sum((end_B <= place).to(tl.int32), axis=0)
+    begin = tl.sum(tl.where(index_B < sequence, cost_B, 0), axis=0)
+
+    row_X = row_tile * BLOCK_X + tl.arange(0, BLOCK_X)
+    real_X = row_X < QUERIES * HEADS
     column_C = tl.arange(0, BLOCK_C)
     column_R = tl.arange(0, BLOCK_R)
-    inside_C = column_C < latent
-    inside_R = column_R < rope
+    inside_C = column_C < LATENT
+    inside_R = column_R < ROPE
+    row_K = tl.arange(0, BLOCK_K)
 
-    first = sequence * queries * heads
-    q_XC = tl.load(
-        q_latent_ptr + (first + row_X)[:, None] * latent + column_C[None, :],
-        mask=real_X[:, None] & inside_C[None, :],
-        other=0.0,
+    while place < stop:
+        tiles = _tiles(lengths_ptr, sequence, capacity, sequence < batch, BLOCK_K)
+        if tiles > 0:
+            first = place - begin
+            last = tl.minimum(tiles, stop - begin)
+            if first < last:
+                length = tl.minimum(tl.load(lengths_ptr + sequence).to(tl.int32), capacity)
+                sequence_ = sequence.to(tl.int64)
+                query_X = row_X // HEADS
+                head_X = row_X % HEADS
+                q_XC = tl.load(
+                    q_latent_ptr
+                    + sequence_ * q_latent_stride_b
+                    + (query_X * q_latent_stride_q + head_X * q_latent_stride_h)[:, None]
+                    + column_C[None, :],
+                    mask=real_X[:, None] & inside_C[None, :],
+                    other=0.0,
+                )
+                q_XR = tl.load(
+                    q_rope_ptr
+                    + sequence_ * q_rope_stride_b
+                    + (query_X * q_rope_stride_q + head_X * q_rope_stride_h)[:, None]
+                    + column_R[None, :],
+                    mask=real_X[:, None] & inside_R[None, :],
+                    other=0.0,
+                )
+                position_X = tl.load(positions_ptr + sequence_ * QUERIES + query_X, mask=real_X, other=-1).to(tl.int32)
+                # A row sees keys below its limit.
+                limit_X = tl.minimum(position_X + 1, length)
+                seen = tl.max(limit_X, axis=0)
+                table_ptr = blocks_ptr + sequence_ * blocks_stride
+
+                top_X = tl.full((BLOCK_X,), float("-inf"), dtype=tl.float32)
+                sum_X = tl.zeros((BLOCK_X,), dtype=tl.float32)
+                if SWAP == 1:
+                    out_CX = tl.zeros((BLOCK_C, BLOCK_X), dtype=tl.float32)
+                else:
+                    out_XC = tl.zeros((BLOCK_X, BLOCK_C), dtype=tl.float32)
+                if PAGED:
+                    # One tile ahead of its use: the copies of a tile must not wait for the table.
+                    block = tl.load(table_ptr + first * BLOCK_K // BLOCK_SIZE)
+                for tile in tl.range(first, last, num_stages=STAGES):
+                    key_K = tile * BLOCK_K + row_K
+                    cached_K = key_K < length
+                    if PAGED:
+                        page = block.to(tl.int64) * BLOCK_SIZE + tile * BLOCK_K % BLOCK_SIZE
+                        start_K = cache_ptr + page * CACHE_STRIDE + row_K * CACHE_STRIDE
+                        block = tl.load(table_ptr + tl.minimum(tile + 1, last - 1) * BLOCK_K // BLOCK_SIZE)
+                    else:
+                        block_K = tl.load(table_ptr + key_K // BLOCK_SIZE, mask=cached_K, other=0).to(tl.int64)
+                        start_K = cache_ptr + (block_K * BLOCK_SIZE + key_K % BLOCK_SIZE) * CACHE_STRIDE
+                    if FP8:
+                        value_KC = tl.load(
+                            start_K.to(tl.pointer_type(tl.float8e4nv))[:, None] + column_C[None, :],
+                            mask=cached_K[:, None] & inside_C[None, :],
+                            other=0.0,
+                        )
+                        BLOCK_S: tl.constexpr = BLOCK_C // SCALED
+                        group_S = tl.arange(0, BLOCK_S)
+                        scale_KS = tl.load(
+                            (start_K + LATENT).to(tl.pointer_type(tl.float32))[:, None] + group_S[None, :],
+                            mask=cached_K[:, None] & (group_S < LATENT // SCALED)[None, :],
+                            other=0.0,
+                        )
+                        value_KSV = tl.reshape(value_KC.to(tl.float32), (BLOCK_K, BLOCK_S, SCALED))
+                        latent_KC = tl.reshape(value_KSV * scale_KS[:, :, None], (BLOCK_K, BLOCK_C)).to(tl.bfloat16)
+                        rope_start_K = (start_K + LATENT + LATENT // SCALED * 4).to(tl.pointer_type(tl.bfloat16))
+                    else:
+                        latent_KC = tl.load(
+                            start_K[:, None] + column_C[None, :],
+                            mask=cached_K[:, None] & inside_C[None, :],
+                            other=0.0,
+                        )
+                        rope_start_K = start_K + LATENT
+                    rope_KR = tl.load(
+                        rope_start_K[:, None] + column_R[None, :],
+                        mask=cached_K[:, None] & inside_R[None, :],
+                        other=0.0,
+                    ).to(q_XR.dtype)
+                    latent_KC = latent_KC.to(q_XC.dtype)
+                    if SWAP == 1:
+                        score_KX = tl.dot(latent_KC, tl.trans(q_XC), input_precision=PRECISION)
+                        score_KX = tl.dot(rope_KR, tl.trans(q_XR), acc=score_KX, input_precision=PRECISION)
+                        score_KX = tl.where(key_K[:, None] < limit_X[None, :], score_KX * scale_log2, float("-inf"))
+                        new_top_X = tl.maximum(top_X, tl.max(score_KX, axis=0))
+                        safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
+                        weight_KX = tl.exp2(score_KX - safe_top_X[None, :])
+                        shrink_X = tl.exp2(top_X - safe_top_X)
+                        sum_X = sum_X * shrink_X + tl.sum(weight_KX, axis=0)
+                        out_CX = out_CX * shrink_X[None, :]
+                        out_CX = tl.dot(
+                            tl.trans(latent_KC), weight_KX.to(latent_KC.dtype), acc=out_CX, input_precision=PRECISION
+                        )
+                        top_X = new_top_X
+                    elif SWAP == 2:
+                        seen_XK = key_K[None, :] < limit_X[:, None]
+                        weight_XK = seen_XK.to(latent_KC.dtype)
+                        shrink_X = sum_X * 0 + 1
+                        if tile * BLOCK_K < seen:
+                            score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
+                            score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
+                            score_XK = tl.where(seen_XK, score_XK, float("-inf"))
+
+                            new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
+                            # A row that has seen nothing yet has top -inf; -inf − -inf would be NaN.
+                            safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
+                            score_XK = tl.exp2(score_XK - safe_top_X[:, None])
+                            weight_XK = score_XK.to(latent_KC.dtype)
+                            shrink_X = tl.exp2(top_X - safe_top_X)
+                            sum_X = sum_X * shrink_X + tl.sum(score_XK, axis=1)
+                            top_X = new_top_X
+                        out_XC = out_XC * shrink_X[:, None]
+                        out_XC = tl.dot(weight_XK, latent_KC, acc=out_XC, input_precision=PRECISION)
+                    else:
+                        score_XK = tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION)
+                        score_XK = tl.dot(q_XR, tl.trans(rope_KR), acc=score_XK, input_precision=PRECISION)
+                        score_XK = tl.where(key_K[None, :] < limit_X[:, None], score_XK * scale_log2, float("-inf"))
+
+                        new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
+                        # A row that has seen nothing yet has top -inf; -inf − -inf would be NaN.
+                        safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
+                        weight_XK = tl.exp2(score_XK - safe_top_X[:, None])
+                        shrink_X = tl.exp2(top_X - safe_top_X)
+                        sum_X = sum_X * shrink_X + tl.sum(weight_XK, axis=1)
+                        out_XC = out_XC * shrink_X[:, None]
+                        out_XC = tl.dot(weight_XK.to(latent_KC.dtype), latent_KC, acc=out_XC, input_precision=PRECISION)
+                        top_X = new_top_X
+
+                if SWAP == 1:
+                    out_XC = tl.trans(out_CX)
+                out_XC = out_XC / tl.where(sum_X == 0.0, 1.0, sum_X)[:, None]
+                if (first == 0) & (last == tiles):
+                    tl.store(
+                        out_ptr + (sequence_ * QUERIES * HEADS + row_X)[:, None] * LATENT + column_C[None, :],
+                        out_XC.to(out_ptr.dtype.element_ty),
+                        mask=real_X[:, None] & inside_C[None, :],
+                    )
+                else:
+                    # Of a group's share only the first and the last piece can belong to a sequence that was cut.
+                    slot = group * 2 + (place != group * share).to(tl.int32)
+                    line_X = slot.to(tl.int64) * row_tiles * BLOCK_X + row_X
+                    tl.store(
+                        part_ptr + line_X[:, None] * LATENT + column_C[None, :],
+                        out_XC,
+                        mask=real_X[:, None] & inside_C[None, :],
+                    )
+                    tl.store(lse_ptr + line_X, top_X + tl.log2(tl.where(sum_X == 0.0, 1.0, sum_X)), mask=real_X)
+            begin += tiles + OVERHEAD
+            place = begin
+        sequence += 1
+
+
+@triton.jit
+def _combine_kernel(
+    part_ptr,
+    lse_ptr,
+    plan_ptr,
+    lengths_ptr,
+    out_ptr,
+    batch,
+    capacity,
+    part_rows,
+    ROWS: tl.constexpr,
+    LATENT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Joins the partial outputs of one row of a sequence that was cut. An empty sequence gives zeros."""
+    sequence = tl.program_id(0) // ROWS
+    row = tl.program_id(0) % ROWS
+    column_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside_C = column_C < LATENT
+    tiles = _tiles(lengths_ptr, sequence, capacity, sequence < batch, BLOCK_K)
+    begin = tl.load(plan_ptr + sequence)
+    share = tl.maximum(tl.load(plan_ptr + batch), 1)
+    first = begin // share
+    last = (begin + tiles - 1) // share
+    if (tiles == 0) | (first < last):
+        top = float("-inf")
+        sum = 0.0
+        out_C = tl.zeros((BLOCK_C,), dtype=tl.float32)
+        for start in range(first, tl.where(tiles == 0, first, last + 1), BLOCK_M):
+            group_M = start + tl.arange(0, BLOCK_M)
+            here_M = group_M <= last
+            slot_M = group_M * 2 + ((group_M == first) & (begin != first * share)).to(tl.int32)
+            line_M = slot_M.to(tl.int64) * part_rows + row
+            lse_M = tl.load(lse_ptr + line_M, mask=here_M, other=float("-inf"))
+            part_MC = tl.load(
+                part_ptr + line_M[:, None] * LATENT + column_C[None, :],
+                mask=here_M[:, None] & inside_C[None, :],
+                other=0.0,
+            )
+            new_top = tl.maximum(top, tl.max(lse_M, axis=0))
+            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weight_M = tl.exp2(lse_M - safe_top)
+            shrink = tl.exp2(top - safe_top)
+            sum = sum * shrink + tl.sum(weight_M, axis=0)
+            out_C = out_C * shrink + tl.sum(weight_M[:, None] * part_MC, axis=0)
+            top = new_top
+        out_C = out_C / tl.where(sum == 0.0, 1.0, sum)
+        line = tl.program_id(0).to(tl.int64)
+        tl.store(out_ptr + line * LATENT + column_C, out_C.to(out_ptr.dtype.element_ty), mask=inside_C)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    # In the interpreter: enough to cut sequences in tests.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
+
+
+def _tile_sizes(rows: int, latent: int, rope: int, dtype: torch.dtype, fp8: bool) -> dict[str, int]:
+    """Rows and keys of a tile, warps, and how many programs an SM holds."""
+    wide = dtype == torch.float32
+    block_rows = min(64, max(16, triton.next_power_of_2(rows)))
+    if wide:
+        return {"BLOCK_X": min(32, block_rows), "BLOCK_K": 16, "num_warps": 8, "STAGES": 2, "per_sm": 1, "SWAP": 0}
+    if block_rows == 64:
+        return {"BLOCK_X": 64, "BLOCK_K": 64, "num_warps": 8, "STAGES": 2, "per_sm": 1, "SWAP": 0}
+    return {"BLOCK_X": block_rows, "BLOCK_K": 64, "num_warps": 8, "STAGES": 3, "per_sm": 1, "SWAP": 0}
+
+
+def _launch(
+    q_latent_BQHC: Tensor,
+    q_rope_BQHR: Tensor,
+    cache_NW: Tensor,
+    blocks_BP: Tensor,
+    positions_BQ: Tensor,
+    lengths_B: Tensor,
+    block_size: int,
+    scale: float,
+    tile: dict[str, int],
+) -> Tensor:
+    batch, queries, heads, latent = q_latent_BQHC.shape
+    rope, rows, device = q_rope_BQHR.shape[-1], queries * heads, q_latent_BQHC.device
+    out_BQHC = torch.empty(q_latent_BQHC.shape, dtype=q_latent_BQHC.dtype, device=device)
+    if out_BQHC.numel() == 0:
+        return out_BQHC
+    tile = dict(tile)
+    per_sm = tile.pop("per_sm")
+    combine = tile.pop("combine", 1)
+    capacity = blocks_BP.shape[1] * block_size
+    row_tiles = triton.cdiv(rows, tile["BLOCK_X"])
+    most = batch * triton.cdiv(capacity, tile["BLOCK_K"])
+    groups = max(1, min(_multiprocessors(device) * per_sm // row_tiles, most))
+    part_rows = row_tiles * tile["BLOCK_X"]
+    part_MC = torch.empty((2 * groups * part_rows, latent), dtype=torch.float32, device=device)
+    lse_M = torch.empty(2 * groups * part_rows, dtype=torch.float32, device=device)
+    plan_B = torch.empty(batch + 1, dtype=torch.int32, device=device)
+    lengths_B, positions_BQ = lengths_B.contiguous(), positions_BQ.contiguous()
+    blocks_BP = blocks_BP.contiguous()
+    _part_kernel[(groups * row_tiles,)](
+        q_latent_BQHC,
+        q_rope_BQHR,
+        cache_NW,
+        blocks_BP,
+        positions_BQ,
+        lengths_B,
+        out_BQHC,
+        part_MC,
+        lse_M,
+        plan_B,
+        batch,
+        blocks_BP.stride(0),
+        *q_latent_BQHC.stride()[:3],
+        *q_rope_BQHR.stride()[:3],
+        capacity,
+        scale * LOG2_E,
+        groups,
+        row_tiles,
+        QUERIES=queries,
+        HEADS=heads,
+        LATENT=latent,
+        ROPE=rope,
+        CACHE_STRIDE=cache_NW.stride(0),
+        BLOCK_SIZE=block_size,
+        BLOCK_B=triton.next_power_of_2(batch),
+        BLOCK_C=max(16, triton.next_power_of_2(latent)),
+        BLOCK_R=max(16, triton.next_power_of_2(rope)),
+        FP8=cache_NW.dtype == torch.uint8,
+        SCALED=SCALED_LATENTS,
+        PAGED=block_size % tile["BLOCK_K"] == 0,
+        PRECISION="ieee" if q_latent_BQHC.dtype == torch.float32 else "tf32",
+        num_stages=tile["STAGES"],
+        **tile,
     )
-    q_XR = tl.load(
-        q_rope_ptr + (first + row_X)[:, None] * rope + column_R[None, :],
-        mask=real_X[:, None] & inside_R[None, :],
-        other=0.0,
-    )
-    position_X = tl.load(positions_ptr + sequence * queries + row_X // heads, mask=real_X, other=-1)
-    length = tl.load(lengths_ptr + sequence)
-    end = tl.minimum(length, tl.max(position_X, axis=0) + 1)
-
-    top_X = tl.full((BLOCK_X,), float("-inf"), dtype=tl.float32)
-    sum_X = tl.zeros((BLOCK_X,), dtype=tl.float32)
-    out_XC = tl.zeros((BLOCK_X, BLOCK_C), dtype=tl.float32)
-    for start in range(0, end, BLOCK_K):
-        key_K = start + tl.arange(0, BLOCK_K)
-        cached_K = key_K < end
-        block_K = tl.load(blocks_ptr + sequence * blocks_stride + key_K // block_size, mask=cached_K, other=0)
-        slot_K = block_K.to(tl.int64) * block_size + key_K % block_size
-        row_ptr_K = cache_ptr + slot_K * cache_stride
-        latent_KC = tl.load(
-            row_ptr_K[:, None] + column_C[None, :], mask=cached_K[:, None] & inside_C[None, :], other=0.0
-        ).to(q_XC.dtype)
-        rope_KR = tl.load(
-            row_ptr_K[:, None] + latent + column_R[None, :], mask=cached_K[:, None] & inside_R[None, :], other=0.0
-        ).to(q_XC.dtype)
-        score_XK = tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION)
-        score_XK = tl.dot(q_XR, tl.trans(rope_KR), acc=score_XK, input_precision=PRECISION)
-        seen_XK = cached_K[None, :] & (key_K[None, :] <= position_X[:, None])
-        score_XK = tl.where(seen_XK, score_XK * scale_log2, float("-inf"))
-
-        new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
-        # A row that has seen nothing yet has top -inf; -inf − -inf would be NaN.
-        safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
-        weight_XK = tl.exp2(score_XK - safe_top_X[:, None])
-        shrink_X = tl.exp2(top_X - safe_top_X)
-        sum_X = sum_X * shrink_X + tl.sum(weight_XK, axis=1)
-        out_XC = tl.dot(
-            weight_XK.to(latent_KC.dtype), latent_KC, acc=out_XC * shrink_X[:, None], input_precision=PRECISION
+    if combine:
+        columns = min(triton.next_power_of_2(latent), 512 if batch * rows >= 1024 else 128)
+        _combine_kernel[(batch * rows, triton.cdiv(latent, columns))](
+            part_MC,
+            lse_M,
+            plan_B,
+            lengths_B,
+            out_BQHC,
+            batch,
+            capacity,
+            part_rows,
+            ROWS=rows,
+            LATENT=latent,
+            BLOCK_K=tile["BLOCK_K"],
+            BLOCK_M=max(1, 2048 // columns),
+            BLOCK_C=columns,
+            num_warps=4,
         )
-        top_X = new_top_X
-    out_XC = out_XC / tl.where(sum_X == 0.0, 1.0, sum_X)[:, None]
-    tl.store(
-        out_ptr + (first + row_X)[:, None] * latent + column_C[None, :],
-        out_XC.to(out_ptr.dtype.element_ty),
-        mask=real_X[:, None] & inside_C[None, :],
-    )
+    return out_BQHC
 
 
 @torch.library.custom_op("deepwright::mla_paged_decode", mutates_args=())
@@ -110,43 +421,15 @@ def _decode(
     block_size: int,
     scale: float,
 ) -> Tensor:
-    batch, queries, heads, latent = q_latent_BQHC.shape
-    rope = q_rope_BQHR.shape[-1]
-    out_BQHC = torch.empty(q_latent_BQHC.shape, dtype=q_latent_BQHC.dtype, device=q_latent_BQHC.device)
-    if out_BQHC.numel() == 0:
-        return out_BQHC
-    if not out_BQHC.is_cuda:
+    fp8, dtype = cache_NW.dtype == torch.uint8, q_latent_BQHC.dtype
+    if q_latent_BQHC.device.type == "cpu":
         # The interpreter's tl.dot multiplies the bits of bfloat16 as if they were integers.
-        q_latent_BQHC, q_rope_BQHR, cache_NW = q_latent_BQHC.float(), q_rope_BQHR.float(), cache_NW.float()
-    rows = queries * heads
-    wide = q_latent_BQHC.dtype == torch.float32
-    # tl.dot takes tiles of at least 16. Tiles are as large as an SM's shared memory lets a 512-wide latent be.
-    block_rows = min(64, max(16, triton.next_power_of_2(rows)))
-    _kernel[(batch, triton.cdiv(rows, block_rows))](
-        q_latent_BQHC.contiguous(),
-        q_rope_BQHR.contiguous(),
-        cache_NW if cache_NW.stride(-1) == 1 else cache_NW.contiguous(),
-        blocks_BP.contiguous(),
-        positions_BQ.contiguous(),
-        lengths_B.contiguous(),
-        out_BQHC,
-        queries,
-        heads,
-        latent,
-        rope,
-        blocks_BP.shape[1],
-        cache_NW.stride(0),
-        block_size,
-        scale * 1.4426950408889634,  # log2(e): the kernel works in powers of two
-        BLOCK_X=block_rows,
-        BLOCK_K=16 if wide else 32,
-        BLOCK_C=max(16, triton.next_power_of_2(latent)),
-        BLOCK_R=max(16, triton.next_power_of_2(rope)),
-        PRECISION="ieee" if wide else "tf32",
-        num_warps=8,
-        num_stages=2,
-    )
-    return out_BQHC
+        q_latent_BQHC, q_rope_BQHR = q_latent_BQHC.float(), q_rope_BQHR.float()
+        cache_NW = cache_NW if fp8 else cache_NW.float()
+    _, queries, heads, latent = q_latent_BQHC.shape
+    tile = _tile_sizes(queries * heads, latent, q_rope_BQHR.shape[-1], q_latent_BQHC.dtype, fp8)
+    arguments = (q_latent_BQHC, q_rope_BQHR, cache_NW, blocks_BP, positions_BQ, lengths_B, block_size, scale)
+    return _launch(*arguments, tile).to(dtype)
 
 
 @_decode.register_fake
