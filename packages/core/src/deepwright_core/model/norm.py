@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deepwright_kernels import rms_norm
+from deepwright_kernels import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -18,3 +18,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(residual + x), residual + x), in one pass over memory; both in the residual stream's dtype."""
+        return add_rms_norm(x, residual, self.weight, self.eps)

@@ -40,13 +40,15 @@ class Block(nn.Module):
         )
 
     def forward(self, x_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None, record: ForwardRecord | None) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, mask_BSS)
-        return x_BSD + self.ffn(self.ffn_norm(x_BSD), record)
+        attended_BSD = self.attention(self.attention_norm(x_BSD), rope, mask_BSS)
+        normed_BSD, x_BSD = self.ffn_norm.after_adding(attended_BSD, x_BSD)
+        return x_BSD + self.ffn(normed_BSD, record)
 
     def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
         attention = cast(Attention, self.attention)
-        x_BQD = x_BQD + attention.extend(self.attention_norm(x_BQD), rope, cache_NW, batch)
-        return x_BQD + cast(FeedForward, self.ffn).forward(self.ffn_norm(x_BQD), None)
+        attended_BQD = attention.extend(self.attention_norm(x_BQD), rope, cache_NW, batch)
+        normed_BQD, x_BQD = self.ffn_norm.after_adding(attended_BQD, x_BQD)
+        return x_BQD + cast(FeedForward, self.ffn).forward(normed_BQD, None)
 
 
 class MultiTokenPrediction(nn.Module):

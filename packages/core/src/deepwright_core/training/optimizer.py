@@ -68,7 +68,8 @@ def batches(stacks: Iterable[Matrices], most_values: int) -> Iterator[list[Matri
         alike.setdefault(stack.kind, []).append(stack)
     for stacks_of_a_kind in alike.values():
         most = max(1, most_values // max(1, stacks_of_a_kind[0].weight[0].numel()))
-        batch, count = [], 0
+        batch: list[Matrices] = []
+        count = 0
         for stack in stacks_of_a_kind:
             for piece in map(Matrices._make, zip(*(part.split(most) for part in stack), strict=True)):
                 if batch and count + len(piece.weight) > most:

@@ -5,7 +5,8 @@ It loads pairs side by side and separates them in registers, so memory is read i
 part of a head is copied along by `rotary_tail`. Strides stand for broadcasting: cos and sin are not copied, and x may
 be a slice of a wider tensor.
 
-Shapes: T tokens (of two leading dimensions), H heads, R the rotated dimension, F = R / 2 pairs, P what stands before it.
+Shapes: T tokens (of two leading dimensions), H heads, R the rotated dimension, F = R / 2 pairs, P what stands before
+it.
 """
 
 import torch
