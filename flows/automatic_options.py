@@ -16,11 +16,13 @@ from pydantic import BaseModel
 
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.registry import KINDS, Component, ComponentOf, Registry
+from deepwright_kernels import dispatch
 
 from .initial_model import model_sections
 
 ROOT_CONFIG = "deepwright"
 STAGE_GROUP = "stage_defaults"
+KERNELS_GROUP = "kernels"
 SCHEMA_GROUP = "schema"
 
 
@@ -112,6 +114,12 @@ def store(registry: Registry, has_yaml: Callable[[str, str], bool], chosen: Cont
     defaults: list[Any] = [{f"{STAGE_GROUP}@{stage}": stage} for stage in stages]
     defaults += [{f"{SCHEMA_GROUP}@{place}": "model"} for place in places]
     defaults += [{group: name} for group, name in choices.items() if group not in chosen]
+    # Every operator is a key, so that each can be overridden and a misspelt one is an error.
+    for backend in (dispatch.AUTO, dispatch.REFERENCE):
+        node = dict.fromkeys(dispatch.operators(), backend)
+        config_store.store(backend, node, group=KERNELS_GROUP, provider="deepwright")
+    if KERNELS_GROUP not in chosen:
+        defaults.append({KERNELS_GROUP: dispatch.AUTO})
     config_store.store(name=ROOT_CONFIG, node={"defaults": [*defaults, "config", "_self_"]}, provider="deepwright")
 
 

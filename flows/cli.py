@@ -6,6 +6,7 @@ Exit status: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 import time
@@ -24,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("flows.convert_command:convert", "Models in from other programs, and out to them."),
     "model": ("flows.model_command:model", "What a model is made of and what it costs."),
     "plugins": ("flows.plugins_command:plugins", "What is installed, from where, and what failed to load."),
+    "kernels": ("flows.kernels_command:kernels", "The operators' backends, what runs here, and a test of them."),
     "up": ("flows.up:up", "Start the workflow's and the tracker's pages, with every flow ready to run."),
     "deploy": ("flows.deploy:deploy", "Put the flows on the workflow's pages again, after installing a plugin."),
     "doctor": ("flows.doctor:doctor", "Check this machine and this installation."),
@@ -54,6 +56,15 @@ class Commands(click.Group):
             command: click.Command = getattr(importlib.import_module(module), attribute)
             return command
         return self._from_plugins().get(cmd_name) or self._from_plugins(ours=True).get(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=2)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            ctx.fail(f"No such command '{args[0]}'.{hint}")
+        return super().resolve_command(ctx, args)
 
     def _from_plugins(self, ours: bool = False) -> dict[str, click.Command]:
         """Commands that plugins add. deepwright's own plugins are asked only for a name that is not built in."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deepwright_core import kernel_backends
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.plugins import installed
 from deepwright_core.stage import StageContext, StageResult, write_atomically
@@ -118,7 +119,8 @@ def child(job_file: Path) -> int:
             inputs={name: Path(path) for name, path in job["inputs"].items()},
         )
         threads.use(request.sections.get("threads", 0))
-        result = stage.run({name: request.sections[name] for name in stage.sections}, context)
+        with kernel_backends.use(request.sections["kernels"]):
+            result = stage.run({name: request.sections[name] for name in stage.sections}, context)
         tracking.flush()
         answer = {"kind": "done", **result.as_record()}
     except RequestError as error:

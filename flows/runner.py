@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deepwright_core import kernel_backends
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.events import StageEvent
 from deepwright_core.plugins import Plugins
@@ -194,7 +195,8 @@ class Run:
         )
         sections = {name: self.request.sections[name] for name in step.stage.sections}
         threads.use(self.request.sections.get("threads", 0))
-        return step.stage.run(sections, context)
+        with kernel_backends.use(self.request.sections["kernels"]):
+            return step.stage.run(sections, context)
 
     @contextmanager
     def _explained(self, step: Step) -> Iterator[None]:

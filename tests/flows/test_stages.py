@@ -180,9 +180,11 @@ def test_an_isolated_stage_gives_the_same_result(
 ) -> None:
     for key in ("PYTHONPATH", "DEEPWRIGHT_BLOCK"):
         monkeypatch.setenv(key, command_environment[key])
-    isolated = go("learn", "run.isolate=true")
+    isolated = go("learn", "run.isolate=true", "kernels.rms_norm=reference")
     assert isolated.outcomes[1].result.metrics == {"total": 190.0}
-    assert all(reused(go("learn")).values())
+    kernels = isolated.outcomes[1].directory / "kernels.json"
+    assert json.loads(kernels.read_text()) == {"rms_norm": "reference"}
+    assert all(reused(go("learn", "kernels.rms_norm=reference")).values())
 
 
 def test_a_callback_that_fails_is_named_and_harmless(quiet: Callable[[], Any], go: Go, plugins: Plugins) -> None:

@@ -18,6 +18,7 @@ from deepwright_core.events import CheckpointEvent
 from deepwright_core.hookspecs import hookimpl
 from deepwright_core.registry import ComponentConfig
 from deepwright_core.stage import Stage, StageResult, write_atomically
+from deepwright_kernels import choices
 
 
 class Section(BaseModel):
@@ -72,6 +73,8 @@ def learn(config: LearnConfig) -> Stage:
         saved = context.directory / "checkpoints" / "latest.json"
         step, total = json.loads(saved.read_text()) if saved.is_file() else (0, 0.0)
         context.tracker.parameters({"numbers": len(numbers)})
+        chosen = {operator: backend for operator, backend in choices().items() if backend != "auto"}
+        write_atomically(context.directory / "kernels.json", json.dumps(chosen))
         context.progress.start("adding", options.steps, step)
         with (context.directory / "visits.txt").open("a") as file:
             file.write(f"{step}\n")
@@ -99,7 +102,7 @@ def learn(config: LearnConfig) -> Stage:
         write_atomically(model / "config.json", "{}")
         return StageResult({"model": "model"}, {"total": total}, ("total", 0.0, total), tokens=100, flops=2e9)
 
-    return Stage("learn", ("learn", "optimizer", "seed"), {"numbers": "gather"}, run)
+    return Stage("learn", ("learn", "optimizer", "seed", "kernels"), {"numbers": "gather"}, run)
 
 
 def judge(config: JudgeConfig) -> Stage:

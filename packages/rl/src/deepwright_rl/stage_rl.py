@@ -76,7 +76,7 @@ def build(config: RLConfig) -> Stage:
     """Reinforcement learning on verifiable rewards."""
     return Stage(
         "rl",
-        ("seed", "precision", "optimizer", "finetune", "rl"),
+        ("seed", "precision", "kernels", "optimizer", "finetune", "rl"),
         {"problems": "prepare", "sft_model": "sft"},
         partial(run, config),
         partial(check, config),
