@@ -11,7 +11,6 @@ Shapes: T tokens, K inputs, N outputs, E groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,94 +27,81 @@ from ..fp8_rows import quantise_fp8_columns, quantise_fp8_rows, quantise_fp8_row
 LINEAR, GROUPED = "fp8_linear", "fp8_grouped_linear"
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a product is written in that becomes a gradient of this dtype."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+def product_with_weight(
+    values_TK: Tensor,
+    scale_TV: Tensor,
+    weight: Tensor,
+    ends_E: Tensor | None,
+    dtype: torch.dtype,
+    transposed: bool = False,
+) -> Tensor:
+    """x · weightᵀ, or x · weight if `transposed`: of one weight, or of each group's if there are groups.
+
+    In bfloat16 where that is `dtype`, else rounded to it from float32.
+    """
+    weight8, weight_scale = quantise_fp8_blocks(weight, transposed=transposed)
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    if ends_E is None:
+        return fp8_matmul(values_TK, scale_TV, weight8, weight_scale, wide).to(dtype)
+    return fp8_grouped_matmul(values_TK, scale_TV, weight8, weight_scale, ends_E, wide).to(dtype)
+
+
+def gradient_of_weight(
+    grad_NT: Tensor, grad_scale_NU: Tensor, x_KT: Tensor, x_scale_KU: Tensor, ends_E: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Σ over tokens of the output's gradient times the input: [N, K], or [E, N, K] where there are groups."""
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    if ends_E is None:
+        return fp8_matmul(grad_NT, grad_scale_NU, x_KT, x_scale_KU, wide).to(dtype)
+    return fp8_grouped_outer(grad_NT, grad_scale_NU, x_KT, x_scale_KU, ends_E, wide).to(dtype)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, trains_weight: bool) -> Tensor:
-        if trains_weight:
-            x8_TK, x_scale_TV, x8_KT, x_scale_KU = quantise_fp8_rows_and_columns(x_TK)
-            ctx.save_for_backward(weight_NK, x8_KT, x_scale_KU)
-        else:
-            x8_TK, x_scale_TV = quantise_fp8_rows(x_TK)
-            ctx.save_for_backward(weight_NK)
+    def forward(ctx: Any, x_TK: Tensor, weight: Tensor, ends_E: Tensor | None, trains_weight: bool) -> Tensor:
         ctx.x_dtype = x_TK.dtype
-        return fp8_matmul(x8_TK, x_scale_TV, *quantise_fp8_blocks(weight_NK))
-
-    @staticmethod
-    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        weight_NK, *kept = ctx.saved_tensors
-
-        def dgrad(grad8_TN: Tensor, scale_TV: Tensor) -> Tensor:
-            weight8_KN, weight_scale_VU = quantise_fp8_blocks(weight_NK, transposed=True)
-            dtype = _product_dtype(ctx.x_dtype)
-            return fp8_matmul(grad8_TN, scale_TV, weight8_KN, weight_scale_VU, dtype).to(ctx.x_dtype)
-
-        def wgrad(grad8_NT: Tensor, scale_NU: Tensor) -> Tensor:
-            x8_KT, x_scale_KU = kept
-            dtype = _product_dtype(weight_NK.dtype)
-            return fp8_matmul(grad8_NT, scale_NU, x8_KT, x_scale_KU, dtype).to(weight_NK.dtype)
-
-        return *_gradients(grad_TN, ctx.needs_input_grad, dgrad, wgrad), None
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, weight_ENK: Tensor, ends_E: Tensor, trains_weight: bool) -> Tensor:
         if trains_weight:
-            x8_TK, x_scale_TV, x8_KT, x_scale_KU = quantise_fp8_rows_and_columns(x_TK)
-            ctx.save_for_backward(weight_ENK, ends_E, x8_KT, x_scale_KU)
+            x8_TK, x_scale_TV, *columns = quantise_fp8_rows_and_columns(x_TK)
         else:
-            x8_TK, x_scale_TV = quantise_fp8_rows(x_TK)
-            ctx.save_for_backward(weight_ENK, ends_E)
-        ctx.x_dtype = x_TK.dtype
-        return fp8_grouped_matmul(x8_TK, x_scale_TV, *quantise_fp8_blocks(weight_ENK), ends_E)
+            x8_TK, x_scale_TV, *columns = quantise_fp8_rows(x_TK)
+        ctx.save_for_backward(weight, ends_E, *columns)
+        return product_with_weight(x8_TK, x_scale_TV, weight, ends_E, torch.bfloat16)
 
     @staticmethod
     def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        weight_ENK, ends_E, *kept = ctx.saved_tensors
-
-        def dgrad(grad8_TN: Tensor, scale_TV: Tensor) -> Tensor:
-            weight8_EKN, weight_scale_EVU = quantise_fp8_blocks(weight_ENK, transposed=True)
-            dtype = _product_dtype(ctx.x_dtype)
-            return fp8_grouped_matmul(grad8_TN, scale_TV, weight8_EKN, weight_scale_EVU, ends_E, dtype).to(ctx.x_dtype)
-
-        def wgrad(grad8_NT: Tensor, scale_NU: Tensor) -> Tensor:
-            x8_KT, x_scale_KU = kept
-            dtype = _product_dtype(weight_ENK.dtype)
-            return fp8_grouped_outer(grad8_NT, scale_NU, x8_KT, x_scale_KU, ends_E, dtype).to(weight_ENK.dtype)
-
-        return *_gradients(grad_TN, ctx.needs_input_grad, dgrad, wgrad), None, None
-
-
-def _gradients(
-    grad_TN: Tensor, wanted: tuple[bool, ...], dgrad: Callable[..., Tensor], wgrad: Callable[..., Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and of the weight, as far as they are wanted; the output's gradient is read once."""
-    for_x, for_weight = wanted[:2]
-    if for_x and for_weight:
-        grad8_TN, scale_TV, grad8_NT, scale_NU = quantise_fp8_rows_and_columns(grad_TN)
-        return dgrad(grad8_TN, scale_TV), wgrad(grad8_NT, scale_NU)
-    if for_x:
-        return dgrad(*quantise_fp8_rows(grad_TN)), None
-    if for_weight:
-        return None, wgrad(*quantise_fp8_columns(grad_TN))
-    return None, None
+        weight, ends_E, *x_columns = ctx.saved_tensors
+        for_x, for_weight = ctx.needs_input_grad[:2]
+        grad_x = grad_weight = None
+        rows: tuple[Tensor, ...] = ()
+        columns: tuple[Tensor, ...] = ()
+        if for_x and for_weight:
+            both = quantise_fp8_rows_and_columns(grad_TN)
+            rows, columns = both[:2], both[2:]
+        elif for_x:
+            rows = quantise_fp8_rows(grad_TN)
+        elif for_weight:
+            columns = quantise_fp8_columns(grad_TN)
+        if for_x:
+            values_TN, scale_TV = rows
+            grad_x = product_with_weight(values_TN, scale_TV, weight, ends_E, ctx.x_dtype, transposed=True)
+        if for_weight:
+            values_NT, scale_NU = columns
+            x_KT, x_scale_KU = x_columns
+            grad_weight = gradient_of_weight(values_NT, scale_NU, x_KT, x_scale_KU, ends_E, weight.dtype)
+        return grad_x, grad_weight, None, None
 
 
-def _require(operator: str, x_TK: Tensor, weight: Tensor, meaning: str) -> None:
+def require_weight(operator: str, argument: str, weight: Tensor, x_TK: Tensor, meaning: str) -> None:
+    """Refuse a weight whose dtype, place or sizes FP8 products cannot take; its shape has been looked at before."""
     require_dtype(operator, "x_TK", x_TK, FLOATS)
-    require_dtype(operator, "weight", weight, FLOATS)
-    require_device(operator, "weight", weight, x_TK.device)
+    require_dtype(operator, argument, weight, FLOATS)
+    require_device(operator, argument, weight, x_TK.device)
     require(
         all(size % ROW_BYTES == 0 for size in weight.shape[-2:]),
         operator,
-        "weight",
-        f"has shape {shape_of(weight)}; expected {meaning} with N and K multiples of {ROW_BYTES}, because rows of FP8 "
-        f"values have to begin at multiples of {ROW_BYTES} bytes",
+        argument,
+        f"has shape {shape_of(weight)}; expected {meaning} with the last two sizes multiples of {ROW_BYTES}, because "
+        f"rows of FP8 values have to begin at multiples of {ROW_BYTES} bytes",
     )
 
 
@@ -126,9 +112,9 @@ def fp8_linear(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     """
     require(x_TK.ndim >= 1, LINEAR, "x_TK", "is a single number; expected [..., K]")
     require_shape(LINEAR, "weight_NK", weight_NK, (None, x_TK.shape[-1]), "[N, K]")
-    _require(LINEAR, x_TK, weight_NK, "[N, K]")
+    require_weight(LINEAR, "weight_NK", weight_NK, x_TK, "[N, K]")
     trains_weight = weight_NK.requires_grad and torch.is_grad_enabled()
-    y_TN = _Linear.apply(x_TK.reshape(-1, x_TK.shape[-1]), weight_NK, trains_weight)
+    y_TN = _Linear.apply(x_TK.reshape(-1, x_TK.shape[-1]), weight_NK, None, trains_weight)
     return y_TN.view(*x_TK.shape[:-1], weight_NK.shape[0])
 
 
@@ -141,8 +127,8 @@ def fp8_grouped_linear(x_TK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tens
     """
     require_shape(GROUPED, "x_TK", x_TK, (None, None), "[T, K]")
     require_shape(GROUPED, "weight_ENK", weight_ENK, (None, None, x_TK.shape[1]), "[E, N, K]")
-    _require(GROUPED, x_TK, weight_ENK, "[E, N, K]")
+    require_weight(GROUPED, "weight_ENK", weight_ENK, x_TK, "[E, N, K]")
     require_ends(GROUPED, ends_E, weight_ENK.shape[0], x_TK.device)
     trains_weight = weight_ENK.requires_grad and torch.is_grad_enabled()
-    y_TN: Tensor = _GroupedLinear.apply(x_TK, weight_ENK, ends_E, trains_weight)
+    y_TN: Tensor = _Linear.apply(x_TK, weight_ENK, ends_E, trains_weight)
     return y_TN
