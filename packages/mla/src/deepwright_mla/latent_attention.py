@@ -19,13 +19,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from deepwright_core.model.attention import Rope, attend, gather_context, write_cache
+from deepwright_core.model.attention import Rope, gather_context
 from deepwright_core.model.cache import CacheBatch
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.norm import RMSNorm
 from deepwright_core.model.rope import softmax_scale
 from deepwright_core.registry import ComponentConfig
-from deepwright_kernels import mla_paged_decode, rotary
+from deepwright_kernels import context_attention, latent_cache_write, mla_paged_decode, packed_attention, rotary
 
 # Up to this many new tokens a sequence reads the latent cache absorbed; more tokens share the cost of expanding it.
 ABSORBED_QUERIES = 4
@@ -99,9 +99,14 @@ class LatentAttention(nn.Module):
         shared_BLHR = rope_BLR[:, :, None].expand(-1, -1, self.heads, -1)
         return torch.cat([k_BLHP, shared_BLHR], -1), v_BLHV
 
-    def _attend(self, nope_BQHP: Tensor, rope_BQHR: Tensor, cached_BLW: Tensor, mask: Tensor | None) -> Tensor:
-        k_BLHK, v_BLHV = self._expand(cached_BLW)
-        return attend(torch.cat([nope_BQHP, rope_BQHR], -1), k_BLHK, v_BLHV, mask, self.scale)
+    def _attend_expanded(self, nope_BQHP: Tensor, rope_BQHR: Tensor, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
+        """Attention over the context's keys and values, which are expanded a slice at a time."""
+        q_BQHK = torch.cat([nope_BQHP, rope_BQHR], -1)
+
+        def expand(begin: int, end: int) -> tuple[Tensor, Tensor]:
+            return self._expand(gather_context(cache_NW, batch, begin, end).to(q_BQHK.dtype))
+
+        return context_attention(q_BQHK, expand, batch.context, batch.positions_BQ, batch.lengths_B, self.scale)
 
     def _attend_absorbed(self, nope_BQHP: Tensor, rope_BQHR: Tensor, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
         """q·(W_k c) = (W_kᵀ q)·c, and Σ p (W_v c) = W_v (Σ p c): attention over the latents themselves."""
@@ -120,18 +125,25 @@ class LatentAttention(nn.Module):
         )
         return torch.einsum("bqhc,hvc->bqhv", mixed_BQHC, value_HVC)
 
-    def forward(self, x_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None) -> Tensor:
-        nope_BSHP, rope_BSHR = self._queries(x_BSD, rope)
-        return self.o(self._attend(nope_BSHP, rope_BSHR, self._latents(x_BSD, rope), mask_BSS).flatten(2))
+    def forward(self, x_BSD: Tensor, rope: Rope, starts_BS: Tensor | None) -> Tensor:
+        q_BSHK = torch.cat(self._queries(x_BSD, rope), -1)
+        k_BSHK, v_BSHV = self._expand(self._latents(x_BSD, rope))
+        return self.o(packed_attention(q_BSHK, k_BSHK, v_BSHV, starts_BS, self.scale).flatten(2))
 
     def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
         nope_BQHP, rope_BQHR = self._queries(x_BQD, rope)
-        write_cache(cache_NW, self._latents(x_BQD, rope), batch)
-        if x_BQD.shape[1] <= ABSORBED_QUERIES:
-            out_BQHV = self._attend_absorbed(nope_BQHP, rope_BQHR, cache_NW, batch)
-        else:
-            context_BLW, mask_BQL = gather_context(cache_NW, batch)
-            out_BQHV = self._attend(nope_BQHP, rope_BQHR, context_BLW.to(nope_BQHP.dtype), mask_BQL)
+        cos_TF, sin_TF = (angle_BQF.flatten(0, 1) for angle_BQF in rope)
+        latent_cache_write(
+            self.kv_a(x_BQD).flatten(0, 1),
+            self.kv_norm.weight,
+            self.kv_norm.eps,
+            cos_TF,
+            sin_TF,
+            cache_NW,
+            batch.slots_BQ.flatten(),
+        )
+        attend = self._attend_absorbed if x_BQD.shape[1] <= ABSORBED_QUERIES else self._attend_expanded
+        out_BQHV = attend(nope_BQHP, rope_BQHR, cache_NW, batch)
         return self.o(out_BQHV.flatten(2))
 
 
