@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepwright_core.model.attention import GQAConfig, GroupedQueryAttention, build_gqa
+from deepwright_core.model.attention import GQAConfig, GroupedQueryAttention, build_gqa, document_starts
 from deepwright_core.model.cache import CacheBatch
 from deepwright_core.model.config import ModelConfig, RopeConfig, YarnConfig
 from deepwright_core.model.rope import Rotary
-from deepwright_core.model.transformer import build_model, packed_mask
+from deepwright_core.model.transformer import build_model
 from deepwright_core.registry import Registry
 
 YARN = RopeConfig(yarn=YarnConfig(factor=4, original_positions=8))
@@ -83,7 +83,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
     attention = build()
     table, x_BSD = table_of(attention), torch.randn(1, 8, HIDDEN, dtype=torch.float64)
     segments = [0, 0, 0, 1, 1, 2, 2, 2]
-    have = attention(x_BSD, table(torch.arange(8)[None]), packed_mask(torch.tensor([segments])))
+    have = attention(x_BSD, table(torch.arange(8)[None]), document_starts(torch.tensor([segments])))
     torch.testing.assert_close(have[0], naive(attention, x_BSD[0], table, segments), atol=1e-6, rtol=1e-5)
 
 

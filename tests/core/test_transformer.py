@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from deepwright_core.errors import RequestError
+from deepwright_core.model.attention import document_starts
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.feed_forward import SwiGLU
-from deepwright_core.model.transformer import Transformer, build_model, initialise, packed_mask
+from deepwright_core.model.transformer import Transformer, build_model, initialise
 from deepwright_core.registry import Registry, parse
 
 SIZES: dict[str, Any] = {
@@ -76,9 +77,9 @@ def test_a_packed_document_is_what_it_is_alone(registry: Registry) -> None:
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_packed_mask_by_hand() -> None:
-    want = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert packed_mask(torch.tensor([[5, 5, 2, 2]])).int().tolist() == [want]
+def test_a_document_is_a_run_of_one_number() -> None:
+    rows = torch.tensor([[5, 5, 2, 2, 2, 5], [7, 3, 3, -1, -1, -1]])
+    assert document_starts(rows).tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 1, 3, 3, 3]]
 
 
 def test_the_first_layers_are_dense_whatever_the_rest_is(registry: Registry) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepwright_core.model.attention import document_starts
 from deepwright_core.model.cache import CacheBatch
 from deepwright_core.model.config import ModelConfig, RopeConfig, YarnConfig
 from deepwright_core.model.norm import RMSNorm
 from deepwright_core.model.rope import Rotary
-from deepwright_core.model.transformer import packed_mask
 from deepwright_mla.latent_attention import ABSORBED_QUERIES, LatentAttention, MLAConfig, build_mla
 
 YARN = RopeConfig(yarn=YarnConfig(factor=4, original_positions=8))
@@ -109,7 +109,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
     attention = build()
     table, x_BSD = table_of(attention), torch.randn(1, 8, HIDDEN, dtype=torch.float64)
     segments = [0, 0, 0, 1, 1, 2, 2, 2]
-    have = attention(x_BSD, table(torch.arange(8)[None]), packed_mask(torch.tensor([segments])))
+    have = attention(x_BSD, table(torch.arange(8)[None]), document_starts(torch.tensor([segments])))
     torch.testing.assert_close(have[0], naive(attention, x_BSD[0], table, segments), atol=1e-6, rtol=1e-5)
 
 
@@ -167,9 +167,9 @@ def test_paged_form_is_the_training_form(
     table, x_BSD = table_of(attention, rope), torch.randn(3, 12, HIDDEN, dtype=torch.float64)
     want = attention(x_BSD, table(torch.arange(12)[None]), None)
     forms = []
-    absorbed, expanded = attention._attend_absorbed, attention._attend
+    absorbed, expanded = attention._attend_absorbed, attention._attend_expanded
     monkeypatch.setattr(attention, "_attend_absorbed", lambda *a: forms.append("absorbed") or absorbed(*a))
-    monkeypatch.setattr(attention, "_attend", lambda *a: forms.append("expanded") or expanded(*a))
+    monkeypatch.setattr(attention, "_attend_expanded", lambda *a: forms.append("expanded") or expanded(*a))
     have, _ = paged(attention, x_BSD, table, PLANS[plan])
     torch.testing.assert_close(have, want, atol=1e-6, rtol=1e-5)
     # The plan took the way that its name says.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from deepwright_kernels import rotary
+from deepwright_kernels import context_attention, packed_attention, rotary
 
 from ..registry import ComponentConfig, Registry
 from .cache import CacheBatch
@@ -32,7 +32,7 @@ class Attention(Protocol):
     cache_width: values kept per token for decoding. mha_cache_width: what plain multi-head attention with the same
     heads would keep. pair_flops: FLOPs for one pair of query and key (score and mix, all heads); an attention that
     decodes in another form says `pair_flops_decode` too. `heads`, where it has them: those of the queries.
-    forward: training form. mask_BSS is True where a query (row) may see a key; None means plain causal.
+    forward: training form. A query sees the keys from starts_BS (None: from 0) up to itself: those of its document.
     extend: writes the new tokens into the layer's cache and attends to everything cached so far.
     """
 
@@ -41,7 +41,7 @@ class Attention(Protocol):
     mha_cache_width: int
     pair_flops: int
 
-    def forward(self, x_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None) -> Tensor: ...
+    def forward(self, x_BSD: Tensor, rope: Rope, starts_BS: Tensor | None) -> Tensor: ...
 
     def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor: ...
 
@@ -65,34 +65,18 @@ class GQAConfig(ComponentConfig):
         return self
 
 
-def attend(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, mask_BSS: Tensor | None, scale: float) -> Tensor:
-    """softmax(q kᵀ · scale) v in the layout [B, S, heads, width], causal when there is no mask: [B, S, H, V]."""
-    q, k, v = (t.transpose(1, 2) for t in (q_BSHK, k_BSGK, v_BSGV))
-    mask = None if mask_BSS is None else mask_BSS[:, None]
-    narrower = k.shape[-1] - v.shape[-1]
-    if narrower > 0 and v.device.type == "cpu":
-        # torch's fused kernel for CPUs wants one width. Without the zeros the slow path runs: seven times slower for
-        # forward and backward at 16 x 8 heads x 256 tokens, widths 32 and 16.
-        v = F.pad(v, (0, narrower))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out[..., : v_BSGV.shape[-1]].transpose(1, 2)
+def document_starts(segments_BS: Tensor) -> Tensor:
+    """Where the document of each position begins in its row. [B, S] -> [B, S]; a document is a run of one number."""
+    new_BS = segments_BS[:, 1:] != segments_BS[:, :-1]
+    index_S = torch.arange(1, segments_BS.shape[1], device=segments_BS.device)
+    return F.pad(index_S * new_BS, (1, 0)).cummax(1).values
 
 
-def gather_context(cache_NW: Tensor, batch: CacheBatch) -> tuple[Tensor, Tensor]:
-    """Each sequence's cached values in order, [B, L, W], and the mask [B, Q, L] of what each new token may see.
-
-    Slots beyond a sequence's length may hold anything (even NaN, from a freed block): they are zeroed, because a
-    softmax weight of zero times NaN would still be NaN.
-    """
-    offsets = torch.arange(batch.block_size, device=cache_NW.device)
-    slots_BL = (batch.blocks_BP[:, :, None] * batch.block_size + offsets).flatten(1)
-    keys_L = torch.arange(slots_BL.shape[1], device=cache_NW.device)
-    valid_BL = keys_L < batch.lengths_B[:, None]
-    context_BLW = F.embedding(slots_BL, cache_NW).masked_fill(~valid_BL[..., None], 0)
-    mask_BQL = keys_L <= batch.positions_BQ[..., None]
-    return context_BLW, mask_BQL & valid_BL[:, None]
+def gather_context(cache_NW: Tensor, batch: CacheBatch, begin: int, end: int) -> Tensor:
+    """What is cached of positions begin .. end - 1 of each sequence, [B, end - begin, W]; anything beyond a length."""
+    position_L = torch.arange(begin, end, device=cache_NW.device)
+    blocks_BL = batch.blocks_BP[:, position_L // batch.block_size]
+    return F.embedding(blocks_BL * batch.block_size + position_L % batch.block_size, cache_NW)
 
 
 def write_cache(cache_NW: Tensor, values_BQW: Tensor, batch: CacheBatch) -> None:
@@ -123,16 +107,26 @@ class GroupedQueryAttention(nn.Module):
         v_BSGK = self.v(x_BSD).unflatten(-1, (self.kv_heads, self.head_dim))
         return rotary(q_BSHK, cos, sin), rotary(k_BSGK, cos, sin), v_BSGK
 
-    def forward(self, x_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, rope: Rope, starts_BS: Tensor | None) -> Tensor:
         q_BSHK, k_BSGK, v_BSGK = self._project(x_BSD, rope)
-        return self.o(attend(q_BSHK, k_BSGK, v_BSGK, mask_BSS, self.scale).flatten(2))
+        return self.o(packed_attention(q_BSHK, k_BSGK, v_BSGK, starts_BS, self.scale).flatten(2))
 
-    def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
+    def extend(
+        self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch, starts_BQ: Tensor | None = None
+    ) -> Tensor:
+        """`starts_BQ`: the first position each new token sees, where that is not 0."""
         q_BQHK, k_BQGK, v_BQGK = self._project(x_BQD, rope)
         write_cache(cache_NW, torch.cat([k_BQGK.flatten(2), v_BQGK.flatten(2)], -1), batch)
-        context_BLW, mask_BQL = gather_context(cache_NW, batch)
-        k_BLGK, v_BLGK = context_BLW.to(q_BQHK.dtype).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)
-        return self.o(attend(q_BQHK, k_BLGK, v_BLGK, mask_BQL, self.scale).flatten(2))
+
+        def cached(begin: int, end: int) -> tuple[Tensor, Tensor]:
+            context_BLW = gather_context(cache_NW, batch, begin, end).to(q_BQHK.dtype)
+            k_BLGK, v_BLGK = context_BLW.unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)
+            return k_BLGK, v_BLGK
+
+        out_BQHK = context_attention(
+            q_BQHK, cached, batch.context, batch.positions_BQ, batch.lengths_B, self.scale, starts_BQ
+        )
+        return self.o(out_BQHK.flatten(2))
 
 
 def build_gqa(config: GQAConfig, model: ModelConfig, layer: int) -> GroupedQueryAttention:

@@ -29,3 +29,8 @@ class CacheBatch:
     blocks_BP: Tensor
     lengths_B: Tensor
     block_size: int
+
+    @property
+    def context(self) -> int:
+        """Positions that the blocks of the longest sequence have room for."""
+        return self.blocks_BP.shape[1] * self.block_size

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import Registry
-from .attention import Attention, Rope
+from .attention import Attention, Rope, document_starts
 from .cache import CacheBatch
 from .config import ModelConfig
 from .feed_forward import FeedForward, SwiGLU
@@ -39,8 +39,8 @@ class Block(nn.Module):
             else registry.build("ffn", config.ffn, config, layer)
         )
 
-    def forward(self, x_BSD: Tensor, rope: Rope, mask_BSS: Tensor | None, record: ForwardRecord | None) -> Tensor:
-        attended_BSD = self.attention(self.attention_norm(x_BSD), rope, mask_BSS)
+    def forward(self, x_BSD: Tensor, rope: Rope, starts_BS: Tensor | None, record: ForwardRecord | None) -> Tensor:
+        attended_BSD = self.attention(self.attention_norm(x_BSD), rope, starts_BS)
         normed_BSD, x_BSD = self.ffn_norm.after_adding(attended_BSD, x_BSD)
         return x_BSD + self.ffn(normed_BSD, record)
 
@@ -70,18 +70,11 @@ class MultiTokenPrediction(nn.Module):
         embedded_BSD: Tensor,
         hidden_BSD: Tensor,
         rope: Rope,
-        mask_BSS: Tensor | None,
+        starts_BS: Tensor | None,
         record: ForwardRecord | None,
     ) -> Tensor:
         joined = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], -1)
-        return self.norm(self.block(self.projection(joined), rope, mask_BSS, record))
-
-
-def packed_mask(segments_BS: Tensor) -> Tensor:
-    """True where a query may see a key: not later, and of the same document. [B, S] -> [B, S, S]."""
-    size = segments_BS.shape[1]
-    causal_SS = torch.ones(size, size, dtype=torch.bool, device=segments_BS.device).tril()
-    return causal_SS & (segments_BS[:, :, None] == segments_BS[:, None, :])
+        return self.norm(self.block(self.projection(joined), rope, starts_BS, record))
 
 
 class Transformer(nn.Module):
@@ -118,11 +111,11 @@ class Transformer(nn.Module):
         self, tokens_BS: Tensor, segments_BS: Tensor | None = None, record: ForwardRecord | None = None
     ) -> Tensor:
         """Training form: final (normed) hidden [B, S, D]. `segments_BS` numbers the documents packed in each row."""
-        mask_BSS = None if segments_BS is None else packed_mask(segments_BS)
+        starts_BS = None if segments_BS is None else document_starts(segments_BS)
         rope = self.rotary(torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None])
         x_BSD = self.embedding(tokens_BS)
         for block in self.layers:
-            x_BSD = block(x_BSD, rope, mask_BSS, record)
+            x_BSD = block(x_BSD, rope, starts_BS, record)
         return self.norm(x_BSD)
 
     def predict_further(
@@ -135,9 +128,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Hidden of MTP module `depth`: from the previous depth's hidden at i and the embedding of the token at
         i + 1 + depth, it predicts the token at i + 2 + depth. All of length S."""
-        mask_BSS = None if segments_BS is None else packed_mask(segments_BS)
+        starts_BS = None if segments_BS is None else document_starts(segments_BS)
         rope = self.rotary(torch.arange(next_tokens_BS.shape[1], device=next_tokens_BS.device)[None])
-        return self.mtp[depth](self.embedding(next_tokens_BS), hidden_BSD, rope, mask_BSS, record)
+        return self.mtp[depth](self.embedding(next_tokens_BS), hidden_BSD, rope, starts_BS, record)
 
     def extend(self, tokens_BQ: Tensor, cache: list[Tensor], batch: CacheBatch) -> Tensor:
         """Generation form: caches the new tokens and returns their final (normed) hidden [B, Q, D]."""

@@ -204,7 +204,7 @@ def attention_forward_kernel(
         top_M = new_top_M
     out_MV = out_MV / tl.where(sum_M == 0.0, 1.0, sum_M)[:, None]
     _store(out_ptr + out_place, row_M - row, heads * value_width, rows - row, value_width, out_MV, 0, V)
-    sums_M = tl.where(sum_M == 0.0, float("-inf"), (top_M + tl.log2(sum_M)) / LOG2_E)
+    sums_M = tl.where(sum_M == 0.0, float("-inf"), (top_M + tl.log2(tl.where(sum_M == 0.0, 1.0, sum_M))) / LOG2_E)
     tl.store(sums_ptr + sums_place, sums_M, mask=row_M < rows)
 
 
