@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deepwright_kernels import configure, dispatch, rms_norm
+from deepwright_kernels import add_rms_norm, configure, dispatch, rms_norm
 
 BACKENDS = ["reference", "torch"]
 
@@ -56,6 +56,25 @@ def test_gradients_of_the_closed_form_are_those_of_the_reference(dtype: torch.dt
     torch.testing.assert_close(alone, results[1][1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_after_an_addition_the_rounded_sum_is_normed(backend: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(33)
+    for dtype, stream in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32,) * 2):
+        x, residual = torch.randn(3, 5, 33).to(dtype), torch.randn(3, 5, 33).to(stream)
+        with configure({"add_rms_norm": backend, "rms_norm": backend}):
+            normed, summed = add_rms_norm(x, residual, weight, 1e-5)
+            assert torch.equal(normed, rms_norm(summed, weight, 1e-5))
+        assert summed.dtype == stream and torch.equal(summed, (x.double() + residual.double()).to(stream))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_both_results_by_finite_differences(backend: str) -> None:
+    torch.manual_seed(0)
+    leaves = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (3, 5), (5,)))
+    assert torch.autograd.gradcheck(lambda a, b, c: dispatch.load("add_rms_norm", backend)(a, b, c, 1e-3), leaves)
+
+
 def test_scale_of_the_input_does_not_matter() -> None:
     x, weight = torch.randn(4, 64), torch.randn(64)
     torch.testing.assert_close(rms_norm(x * 1e4, weight, 0.0), rms_norm(x, weight, 0.0), rtol=1e-4, atol=1e-5)
@@ -71,3 +90,7 @@ def test_errors_name_the_argument() -> None:
         rms_norm(x, torch.ones(8), -1.0)
     with pytest.raises(ValueError, match="weight is on meta"):
         rms_norm(x, torch.ones(8, device="meta"))
+    with pytest.raises(ValueError, match=r"add_rms_norm: residual has shape \[2, 7\]; expected x's shape = \[2, 8\]"):
+        add_rms_norm(x, x[:, :7], torch.ones(8))
+    with pytest.raises(TypeError, match="add_rms_norm: residual is int64"):
+        add_rms_norm(x, torch.ones(2, 8, dtype=torch.long), torch.ones(8))

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from deepwright_kernels import configure, rotary
+from deepwright_kernels import configure, rotary, rotary_tail
 
 
 @pytest.fixture(params=["reference", "torch"], autouse=True)
 def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    with configure({"rotary": request.param}):
+    with configure({"rotary": request.param, "rotary_tail": request.param}):
         yield
 
 
@@ -49,6 +49,21 @@ def test_a_slice_of_a_wider_tensor() -> None:
     torch.testing.assert_close(rotary(x, angle.cos(), angle.sin()), rotary(x.clone(), angle.cos(), angle.sin()))
 
 
+@pytest.mark.parametrize("kept", [0, 1, 5])
+def test_a_tail_is_turned_and_the_rest_stays(kept: int) -> None:
+    torch.manual_seed(0)
+    x, angle = torch.randn(2, 3, 4, kept + 6), torch.randn(3, 1, 3)
+    y = rotary_tail(x, angle.cos(), angle.sin())
+    assert torch.equal(y[..., :kept], x[..., :kept])
+    assert torch.equal(y[..., kept:], rotary(x[..., kept:], angle.cos(), angle.sin()))
+
+
+def test_gradients_of_a_tail_by_finite_differences() -> None:
+    torch.manual_seed(0)
+    x, angle = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True), torch.randn(3, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda a: rotary_tail(a, angle.cos(), angle.sin()), (x,))
+
+
 def test_rounds_once() -> None:
     torch.manual_seed(0)
     x, angle = torch.randn(4, 32).bfloat16(), torch.randn(4, 16)
@@ -76,3 +91,7 @@ def test_errors_name_the_argument() -> None:
         rotary(x, angle, angle[:1])
     with pytest.raises(ValueError, match=r"cos has shape \[9, 2, 3, 4\]"):
         rotary(x, torch.randn(9, 2, 3, 4), torch.randn(9, 2, 3, 4))
+    with pytest.raises(ValueError, match="rotary_tail: cos has 5 angles, which turn 10 values, and x has 8"):
+        rotary_tail(x, torch.randn(3, 5), torch.randn(3, 5))
+    with pytest.raises(ValueError, match=r"rotary_tail: sin has shape \[3, 1\] and cos \[3, 2\]"):
+        rotary_tail(x, angle[:, :2], angle[:, :1])

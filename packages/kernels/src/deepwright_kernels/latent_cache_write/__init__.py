@@ -12,7 +12,13 @@ from ..mla_paged_decode.reference import SCALED_LATENTS, fp8_row_bytes
 
 NAME = "latent_cache_write"
 dispatch.operator(
-    NAME, {"reference": f"{__name__}.reference:latent_cache_write", "triton": f"{__name__}.triton:latent_cache_write"}
+    NAME,
+    {
+        "reference": f"{__name__}.reference:latent_cache_write",
+        "triton": f"{__name__}.triton:latent_cache_write",
+        "torch": f"{__name__}.separate_passes:latent_cache_write",
+    },
+    elsewhere=("torch", "reference"),
 )
 
 
