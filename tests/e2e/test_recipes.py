@@ -30,6 +30,7 @@ def plugins() -> Plugins:
         ["tokenizer=file", "tokenizer.path=somewhere"],
         ["finetune=lora", "finetune.targets=[attention,ffn.experts,ffn.shared,ffn.gate]"],
         ["precision=bf16", "threads=1", "seed=7"],
+        ["kernels=reference", "kernels.rms_norm=torch"],
     ],
 )
 def test_it_composes_and_is_valid(plugins: Plugins, experiment: str, overrides: list[str]) -> None:
