@@ -1,9 +1,10 @@
 """DeepSeekMoE: shared experts for everyone, routed experts for the tokens that chose them (V3 report, eq. 12).
 
-No token is dropped, there is no capacity. All experts run as two grouped matrix products. Leaves out expert
-parallelism, which replaces the dispatch from outside.
+No token is dropped, there is no capacity. All experts run as two grouped matrix products over rows in expert order; the
+host reads nothing on the way. Leaves out expert parallelism, which replaces the dispatch from outside.
 
-Shapes: B sequences, S tokens, T = B·S, D hidden, E experts, K experts per token, X = T·K, I expert width.
+Shapes: B sequences, S tokens, T = B·S, D hidden, E experts, K experts per token, I expert width, R rows in expert
+order.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -19,10 +19,9 @@ from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.feed_forward import Mixture, SwiGLU
 from deepwright_core.model.record import ForwardRecord
 from deepwright_core.registry import ComponentConfig, ComponentOf, Registry
-from deepwright_kernels import grouped_linear
+from deepwright_kernels import ExpertOrder, expert_order, grouped_linear, grouped_swiglu, unpermute
 
 from .balance import sequence_balance_loss
-from .dispatch import permute, plan, unpermute
 
 
 class MoEConfig(ComponentConfig):
@@ -63,7 +62,12 @@ class MoEConfig(ComponentConfig):
 
 
 class Experts(nn.Module):
-    """E SwiGLU feed-forwards with their weights stacked: gate and up [E, 2·I, D], down [E, D, I]."""
+    """E SwiGLU feed-forwards with their weights stacked: gate and up [E, 2·I, D], down [E, D, I].
+
+    alignment: what the products ask every expert's rows to begin at a multiple of.
+    """
+
+    alignment = 1
 
     def __init__(self, experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -71,9 +75,9 @@ class Experts(nn.Module):
         self.gate_up_EID = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_EDI = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
 
-    def forward(self, x_XD: Tensor, ends_E: Tensor) -> Tensor:
-        gate_XI, up_XI = grouped_linear(x_XD, self.gate_up_EID, ends_E).chunk(2, -1)
-        return grouped_linear(F.silu(gate_XI) * up_XI, self.down_EDI, ends_E)
+    def forward(self, x_TD: Tensor, order: ExpertOrder) -> Tensor:
+        h_RI = grouped_swiglu(x_TD, self.gate_up_EID, order)
+        return grouped_linear(h_RI, self.down_EDI, order.ends_E)
 
 
 class MixtureOfExperts(nn.Module):
@@ -96,13 +100,12 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BSD: Tensor, record: ForwardRecord | None) -> Tensor:
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)
-        dispatch = plan(routing.experts_TK, self.config.experts)
-        y_XD = self.experts(permute(x_TD, dispatch, self.config.top_k), dispatch.ends_E)
-        out_TD = unpermute(y_XD, dispatch, routing.weights_TK)
+        order = expert_order(routing.experts_TK, self.config.experts, self.experts.alignment)
+        out_TD = unpermute(self.experts(x_TD, order), order, routing.weights_TK)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         if record is not None:
-            self._report(record, routing.experts_TK, routing.scores_TE, dispatch.load_E, x_BSD.shape[:2])
+            self._report(record, routing.experts_TK, routing.scores_TE, order.counts_E, x_BSD.shape[:2])
         return out_TD.view_as(x_BSD)
 
     def _report(

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from deepwright_core.model.precision import WideBuffers
 from deepwright_core.registry import ComponentConfig
+from deepwright_kernels import route
 
-from .expert_groups import keep_top_groups
-from .routing import Routing, expert_logits, expert_weights
+from .routing import Routing, expert_logits
 
 
 class RouterConfig(ComponentConfig):
@@ -50,10 +50,18 @@ class BiasedTopKRouter(WideBuffers):
     def forward(self, x_TD: Tensor) -> Routing:
         config = self.config
         logits_TE = expert_logits(x_TD, self.weight)
-        scores_TE = logits_TE.sigmoid() if config.scoring == "sigmoid" else logits_TE.softmax(-1)
-        biased_TE = keep_top_groups(scores_TE.detach() + self.bias_E, config.groups, config.top_groups, best=2)
-        experts_TK = biased_TE.topk(self.top_k, dim=-1, sorted=False).indices
-        return Routing(experts_TK, expert_weights(scores_TE, experts_TK, config.normalise, config.scaling), scores_TE)
+        choice = route(
+            logits_TE,
+            self.bias_E,
+            self.top_k,
+            scoring=config.scoring,
+            groups=config.groups,
+            top_groups=config.top_groups,
+            group_best=2,
+            normalise=config.normalise,
+            scaling=config.scaling,
+        )
+        return Routing(choice.experts_TK, choice.weights_TK, choice.scores_TE)
 
     @torch.no_grad()
     def balance(self, load_E: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 Scores and the choice are float32, whatever the model's precision.
 
+The choice itself is the operator `route` of deepwright_kernels.
+
 Shapes: T tokens, D hidden, E experts, K experts per token.
 """
 
@@ -25,11 +27,3 @@ def expert_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """x Wᵀ in float32, also under autocast. [T, D] -> [T, E]."""
     with torch.autocast(x_TD.device.type, enabled=False):
         return x_TD.float() @ weight_ED.float().T
-
-
-def expert_weights(scores_TE: Tensor, experts_TK: Tensor, normalise: bool, scaling: float) -> Tensor:
-    """The chosen experts' own scores, divided by their sum if `normalise`, times `scaling`. [T, K]."""
-    weights_TK = scores_TE.gather(1, experts_TK)
-    if normalise:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    return weights_TK * scaling

@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deepwright_core.registry import ComponentConfig
+from deepwright_kernels import route
 
-from .expert_groups import keep_top_groups
-from .routing import Routing, expert_logits, expert_weights
+from .routing import Routing, expert_logits
 
 
 class SoftmaxRouterConfig(ComponentConfig):
@@ -41,10 +41,18 @@ class SoftmaxTopKRouter(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         config = self.config
-        scores_TE = expert_logits(x_TD, self.weight).softmax(-1)
-        allowed_TE = keep_top_groups(scores_TE.detach(), config.groups, config.top_groups, best=1)
-        experts_TK = allowed_TE.topk(self.top_k, dim=-1, sorted=False).indices
-        return Routing(experts_TK, expert_weights(scores_TE, experts_TK, config.normalise, config.scaling), scores_TE)
+        choice = route(
+            expert_logits(x_TD, self.weight),
+            None,
+            self.top_k,
+            scoring="softmax",
+            groups=config.groups,
+            top_groups=config.top_groups,
+            group_best=1,
+            normalise=config.normalise,
+            scaling=config.scaling,
+        )
+        return Routing(choice.experts_TK, choice.weights_TK, choice.scores_TE)
 
     def balance(self, load_E: Tensor) -> None:
         """Nothing: without a bias, the loss alone evens the load."""

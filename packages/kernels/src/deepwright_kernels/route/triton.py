@@ -86,10 +86,7 @@ def _route_kernel(
             score_TE = power_TE / sum_T[:, None]
         tl.store(scores_ptr + row_T[:, None] * EXPERTS + expert_E[None, :], score_TE, mask=here_TE)
 
-        if HAS_BIAS:
-            ordered_TE = _ordered(score_TE + bias_E[None, :])
-        else:
-            ordered_TE = _ordered(score_TE)
+        ordered_TE = _ordered(score_TE + bias_E[None, :]) if HAS_BIAS else _ordered(score_TE)
         ordered_TE = tl.where(real_E[None, :], ordered_TE, CHOSEN)
         if TOP_GROUPS < GROUPS:
             rest_TGX = tl.reshape(ordered_TE, (BLOCK_T, BLOCK_G, BLOCK_X))
@@ -119,16 +116,10 @@ def _route_kernel(
             place_TK = tl.where(choice_K[None, :] == choice, place_T[:, None], place_TK)
         counts_TE += tl.where((ordered_TE == CHOSEN) & here_TE, 1, 0)
 
-        if SIZE == BLOCK_X:
-            expert_TK = place_TK
-        else:
-            expert_TK = place_TK // BLOCK_X * SIZE + place_TK % BLOCK_X
+        expert_TK = place_TK if SIZE == BLOCK_X else place_TK // BLOCK_X * SIZE + place_TK % BLOCK_X
         here_TK = inside_T[:, None] & (choice_K[None, :] < TOP_K)
         logit_TK = tl.load(logits_ptr + row_T[:, None] * EXPERTS + expert_TK, mask=here_TK, other=float("-inf"))
-        if SIGMOID:
-            weight_TK = 1.0 / (1.0 + tl.exp(-logit_TK))
-        else:
-            weight_TK = tl.exp(logit_TK - top_T[:, None]) / sum_T[:, None]
+        weight_TK = 1.0 / (1.0 + tl.exp(-logit_TK)) if SIGMOID else tl.exp(logit_TK - top_T[:, None]) / sum_T[:, None]
         if NORMALISE:
             weight_TK = weight_TK / (tl.sum(tl.where(here_TK, weight_TK, 0.0), axis=1) + 1e-20)[:, None]
         out_TK = row_T[:, None] * TOP_K + choice_K[None, :]
