@@ -202,10 +202,30 @@ def test_strides_do_not_matter() -> None:
         assert torch.equal(have.float(), want.float())
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_a_stack_is_quantised_matrix_by_matrix_and_so_are_transposes(power_of_two: bool) -> None:
+    x = torch.stack([random_matrix((140, 300), seed) for seed in range(3)])
+    values, scales = quantise_fp8_blocks(x, power_of_two_scales=power_of_two)
+    for matrix, *have in zip(x, values, scales, strict=True):
+        want = quantise_fp8_blocks(matrix, power_of_two_scales=power_of_two)
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(have, want, strict=True))
+    for stack in (x, x[0]):
+        straight = quantise_fp8_blocks(stack, power_of_two_scales=power_of_two)
+        across = quantise_fp8_blocks(stack, power_of_two_scales=power_of_two, transposed=True)
+        for a, b in zip(across, straight, strict=True):
+            assert a.is_contiguous() and torch.equal(a.float(), b.float().mT)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_power_of_two_scales_of_what_is_not_finite_are_not_finite(value: float) -> None:
+    values, scales = quantise_fp8_blocks(torch.tensor([[1.0, value]]), power_of_two_scales=True)
+    assert not scales.isfinite().any() and values.float().isnan().any()
+
+
 def test_errors_name_the_argument() -> None:
     values, scales = quantise_fp8_blocks(torch.ones(200, 100))
     wrong: list[tuple[type[Exception], str, Any]] = [
-        (ValueError, r"x_NK has shape \[3\]; expected \[N, K\]", lambda: quantise_fp8_blocks(torch.ones(3))),
+        (ValueError, r"x_NK has shape \[3\]; expected \[N, K\] or a stack", lambda: quantise_fp8_blocks(torch.ones(3))),
         (TypeError, "x_NK is int64", lambda: quantise_fp8_blocks(torch.ones(2, 2, dtype=torch.int64))),
         (ValueError, r"block is \(0, 128\); expected", lambda: quantise_fp8_blocks(torch.ones(2, 2), (0, 128))),
         (ValueError, r"block is \(128,\); expected", lambda: quantise_fp8_blocks(torch.ones(2, 2), (128,))),  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fp8_layout import blocks
-from ..fp8_rows.triton import absolute_bits, scale_of
+from ..fp8_rows.triton import absolute_bits, scale_of, to_e4m3
 
 WARPS = 8
 
@@ -41,7 +41,7 @@ def _blocks_kernel(
         other=0.0,
     ).to(tl.float32)
     scale = scale_of(tl.max(tl.max(absolute_bits(x_NK), axis=1), axis=0), POWER_OF_TWO)
-    values_NK = (x_NK * tl.div_rn(1.0, scale)).to(tl.float8e4nv)
+    values_NK = to_e4m3(x_NK * tl.div_rn(1.0, scale))
     values_ptr += matrix * rows * columns
     scale_ptr += matrix * down * across
     if TRANSPOSED:

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import interpreted
 from ..fp8_layout import BLOCK, blocks
 from ..fp8_matmul.triton import MOST_REGISTERS, STAGES, TILE_M, TILES_DOWN, WARPS, sum_of_products, tile_of, tiles_of
 
@@ -33,7 +32,6 @@ def _kernel(
     GROUPS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILES_DOWN: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     m, n = tile_of(tl.program_id(0), tl.cdiv(rows, TILE_M), tl.cdiv(outputs, 128), TILES_DOWN)
     row_M = m * TILE_M + tl.arange(0, TILE_M)
@@ -60,7 +58,6 @@ def _kernel(
             1,
             False,
             TILE_M,
-            INTERPRETED,
         )
         tl.store(y_ptr_MN, sum_MN.to(y_ptr.dtype.element_ty), mask=inside_MN)
 
@@ -89,7 +86,6 @@ def _product(
         GROUPS=triton.next_power_of_2(groups),
         TILE_M=TILE_M,
         TILES_DOWN=TILES_DOWN,
-        INTERPRETED=interpreted(),
         num_warps=WARPS,
         num_stages=STAGES,
         maxnreg=MOST_REGISTERS,

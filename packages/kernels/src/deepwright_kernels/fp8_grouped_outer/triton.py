@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import interpreted
 from ..fp8_layout import BLOCK, blocks
 from ..fp8_matmul.triton import (
     ROW_SCALES_REGISTERS,
@@ -39,7 +38,6 @@ def _kernel(
     b_scale_stride,
     TILE_M: tl.constexpr,
     TILES_DOWN: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(rows, TILE_M), tl.cdiv(outputs, 128)
     group = tl.program_id(0) // (tiles_m * tiles_n)
@@ -63,7 +61,6 @@ def _kernel(
             b_scale_stride,
             True,
             TILE_M,
-            INTERPRETED,
         )
     tl.store(
         y_ptr + (group.to(tl.int64) * rows + row_M)[:, None] * outputs + column_N[None, :],
@@ -94,7 +91,6 @@ def _product(
             b_scale_NV.stride(1),
             TILE_M=TILE_M,
             TILES_DOWN=TILES_DOWN,
-            INTERPRETED=interpreted(),
             num_warps=WARPS,
             num_stages=STAGES,
             maxnreg=ROW_SCALES_REGISTERS,

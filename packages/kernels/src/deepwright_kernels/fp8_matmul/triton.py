@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import interpreted
 from ..fp8_layout import BLOCK, blocks
+from ..fp8_rows.triton import INTERPRETED
 
 TILE_M = 128
 TILES_DOWN = 16  # neighbouring tiles: this many rows of them, column by column
@@ -48,7 +48,6 @@ def sum_of_products(
     b_scale_stride,
     B_ROWS: tl.constexpr,
     TILE_M: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Σ over `steps` blocks of 128 of K, from block `first`: (a · bᵀ) · scales, for tiles at rows row_m and row_n.
 
@@ -96,7 +95,6 @@ def _kernel(
     B_ROWS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILES_DOWN: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     m, n = tile_of(tl.program_id(0), tl.cdiv(rows, TILE_M), tl.cdiv(outputs, 128), TILES_DOWN)
     row_M = m * TILE_M + tl.arange(0, TILE_M)
@@ -118,7 +116,6 @@ def _kernel(
         b_scale_stride,
         B_ROWS,
         TILE_M,
-        INTERPRETED,
     )
     tl.store(
         y_ptr + row_M.to(tl.int64)[:, None] * outputs + column_N[None, :],
@@ -154,7 +151,6 @@ def _product(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dt
         B_ROWS=b_rows,
         TILE_M=TILE_M,
         TILES_DOWN=TILES_DOWN,
-        INTERPRETED=interpreted(),
         num_warps=WARPS,
         num_stages=STAGES,
         maxnreg=ROW_SCALES_REGISTERS if b_rows else MOST_REGISTERS,

@@ -15,12 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import interpreted
 from ..fp8_layout import BLOCK, blocks, empty_row_scales, empty_values
 
 ROWS_TOKENS = 32
 ROWS_BLOCKS = 1
 COLUMNS_WIDTH = 128
 COLUMNS_WARPS = 8
+
+INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
@@ -42,6 +45,22 @@ def absolute_bits(x):
 
 
 @triton.jit
+def to_e4m3(x):
+    """The nearest e4m3 value, of two the even one."""
+    if INTERPRETED:  # the interpreter's cast rounds otherwise and loses NaN
+        bits = absolute_bits(x)
+        large = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        small = ((bits.to(tl.float32, bitcast=True) * 512.0 + 8388608.0) - 8388608.0).to(tl.int32)
+        code = tl.where(bits < 0x3C800000, small, large)  # 2⁻⁶ is the smallest normal value
+        code = tl.where(bits > 0x43E80000, 0x7F, code)  # beyond 464, and NaN
+        sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+        values = (code | sign).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        values = x.to(tl.float8e4nv)
+    return values
+
+
+@triton.jit
 def store_rows(
     x_TK,
     token_T,
@@ -59,7 +78,7 @@ def store_rows(
     BLOCKS: tl.constexpr = x_TK.shape[1] // 128
     x_TBK = tl.reshape(x_TK, (TOKENS, BLOCKS, 128))
     scale_TB = scale_of(tl.max(absolute_bits(x_TBK), axis=2), POWER_OF_TWO)
-    values_TBK = (x_TBK * tl.div_rn(1.0, scale_TB)[:, :, None]).to(tl.float8e4nv)
+    values_TBK = to_e4m3(x_TBK * tl.div_rn(1.0, scale_TB)[:, :, None])
     # Columns up to the stride, not to the last one: the zeros in between keep the stores wide.
     tl.store(
         values_ptr + token_T.to(tl.int64)[:, None] * values_stride + column_K[None, :],
@@ -80,7 +99,7 @@ def store_columns(
 ):
     """Quantise a float32 tile of 128 tokens, block number `block` of them, along its columns; store the transpose."""
     scale_K = scale_of(tl.max(absolute_bits(x_TK), axis=0), POWER_OF_TWO)
-    values_TK = (x_TK * tl.div_rn(1.0, scale_K)[None, :]).to(tl.float8e4nv)
+    values_TK = to_e4m3(x_TK * tl.div_rn(1.0, scale_K)[None, :])
     token_T = block * 128 + tl.arange(0, 128)
     tl.store(
         values_ptr + column_K.to(tl.int64)[:, None] * values_stride + token_T[None, :],
