@@ -24,7 +24,6 @@ from deepwright_kernels.fp8_rows import triton as rows_triton
 
 from .sides import DEVICE, OPCHECKS, draw
 
-
 PRODUCT = {torch.bfloat16: 5e-3, torch.float32: 2e-3 if DEVICE == "cuda" else 1e-6}
 
 
