@@ -60,6 +60,10 @@ class PlainModel(nn.Module):
     def cache_widths(self) -> list[int]:
         return [2 * self.embedding.embedding_dim] * len(self.layers)
 
+    @property
+    def fp8_cache_bytes(self) -> list[int | None]:
+        return [None] * len(self.layers)
+
     def forward(self, tokens_BS: Tensor) -> Tensor:
         x_BSD = self.embedding(tokens_BS) + self.position(torch.arange(tokens_BS.shape[1]))
         for layer in self.layers:
@@ -259,6 +263,10 @@ def test_impossible_requests_are_refused_with_numbers() -> None:
         Engine(MODEL, EOS, block_size=0)
     with pytest.raises(RequestError, match="at least one block"):
         Engine(MODEL, EOS, cache_tokens=8)
+    with pytest.raises(RequestError, match="cache_dtype is 'fp4'; expected auto or fp8"):
+        Engine(MODEL, EOS, cache_dtype="fp4")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"the attention of layers \[0, 1\] has no FP8 cache .*; expected 'auto'"):
+        Engine(MODEL, EOS, cache_dtype="fp8")
     assert not engine.has_work
     engine.add([1])
     with pytest.raises(RequestError, match="1 added requests are under way"):

@@ -9,10 +9,14 @@ import torch
 
 from deepwright_core import plugin as core
 from deepwright_core.engine import Engine, SamplingParams
+from deepwright_core.errors import RequestError
+from deepwright_core.model.attention import Rope
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.transformer import Transformer, build_model
 from deepwright_core.registry import Registry
+from deepwright_kernels.mla_paged_decode.reference import pack_fp8_latents, unpack_fp8_latents
 from deepwright_mla import plugin as mla
+from deepwright_mla.latent_attention import LatentAttention
 
 VOCABULARY = 64
 SHAPES: dict[str, dict[str, int]] = {
@@ -94,3 +98,54 @@ def test_cached_values_do_not_depend_on_how_they_were_computed(model: Transforme
     assert [layer_NW.shape[1] for layer_NW in contents[0]] == [16 + 4] * 2
     for other in contents[1:]:
         torch.testing.assert_close(other, contents[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_of_fp8_latents_answers_nearly_the_same_from_fewer_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill in chunks and decode over FP8 latents are the training form over latents rounded to FP8, and near it
+    over exact ones."""
+    registry = Registry()
+    core.deepwright_register(registry)
+    mla.deepwright_register(registry)
+    sizes = {"heads": 4, "kv_lora_rank": 128, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        layers=2,
+        intermediate_size=64,
+        max_positions=64,
+        init_std=0.1,
+        attention={"name": "mla", **sizes},
+        ffn={"name": "dense"},
+    )
+    model = build_model(registry, config, seed=0)
+    engine = Engine(model, 0, block_size=4, max_prefill_tokens=11, cache_dtype="fp8")
+    assert {(layer_NW.dtype, layer_NW.shape[1]) for layer_NW in engine._runner.cache} == {(torch.uint8, 128 + 4 + 8)}
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    completions = engine.generate(prompts(), params)
+
+    @torch.no_grad()
+    def logprobs() -> torch.Tensor:
+        """Of all drawn tokens, in the training form."""
+        found = []
+        for prompt, completion in zip(prompts(), completions, strict=True):
+            tokens = torch.tensor([prompt + completion.token_ids])
+            rows = model.logits(model(tokens)[0, len(prompt) - 1 : -1]).log_softmax(-1)
+            found.append(rows.gather(1, tokens[0, len(prompt) :, None])[:, 0])
+        return torch.cat(found)
+
+    have, exact = torch.tensor([value for c in completions for value in c.logprobs]), logprobs()
+    latents = LatentAttention._latents
+
+    def rounded(self: LatentAttention, x_BSD: torch.Tensor, rope: Rope) -> torch.Tensor:
+        rows_TW = latents(self, x_BSD, rope)[0]
+        packed = pack_fp8_latents(rows_TW[:, : self.latent_dim], rows_TW[:, self.latent_dim :])
+        return torch.cat(unpack_fp8_latents(packed, self.latent_dim), -1).to(x_BSD.dtype)[None]
+
+    monkeypatch.setattr(LatentAttention, "_latents", rounded)
+    torch.testing.assert_close(have, logprobs(), atol=1e-3, rtol=0)
+    assert 1e-3 < (have - exact).abs().mean() < 0.05
+
+
+def test_an_fp8_cache_needs_whole_groups_of_latents(model: Transformer) -> None:
+    with pytest.raises(RequestError, match=r"layers \[0, 1\] has no FP8 cache .*multiple of 128"):
+        Engine(model, 0, cache_dtype="fp8")

@@ -7,7 +7,8 @@ shared rope key. Two forms of the same function:
 - decode: the expansion is *absorbed* into query and output, so that all heads read the latent cache directly
   (multi-query attention with key width C + R and value width C).
 
-Leaves out sparse attention (a variant of its own) and FP8 caches (a matter of the decode kernel).
+The cache holds latents in the model's dtype, or in FP8 with the rope key in bfloat16 (`mla_paged_decode` has the
+layout). Leaves out sparse attention (a variant of its own).
 
 Shapes: B sequences, S tokens, Q new tokens, D hidden, H heads, P key width without position, R rope width, V value
 width, C latent width, N cache slots, L longest context, F = R / 2 rope pairs.
@@ -25,7 +26,15 @@ from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.norm import RMSNorm
 from deepwright_core.model.rope import softmax_scale
 from deepwright_core.registry import ComponentConfig
-from deepwright_kernels import context_attention, latent_cache_write, mla_paged_decode, packed_attention, rotary
+from deepwright_kernels import (
+    context_attention,
+    latent_cache_write,
+    mla_paged_decode,
+    packed_attention,
+    rotary,
+    rotary_tail,
+)
+from deepwright_kernels.mla_paged_decode.reference import SCALED_LATENTS, fp8_row_bytes, unpack_fp8_latents
 
 # Up to this many new tokens a sequence reads the latent cache absorbed; more tokens share the cost of expanding it.
 ABSORBED_QUERIES = 4
@@ -48,6 +57,12 @@ class MLAConfig(ComponentConfig):
     latent_norm_eps: float = Field(1e-6, gt=0)
 
 
+def for_heads(rope: Rope) -> Rope:
+    """cos and sin [B, S, 1, F] that all heads share."""
+    cos, sin = rope
+    return cos[..., None, :], sin[..., None, :]
+
+
 class LatentAttention(nn.Module):
     """MLA. Query and key heads are laid out [nope | rope], as in the published checkpoints."""
 
@@ -61,6 +76,8 @@ class LatentAttention(nn.Module):
         )
         self.latent_dim = config.kv_lora_rank
         self.cache_width = config.kv_lora_rank + config.qk_rope_head_dim
+        whole_scales = config.kv_lora_rank % SCALED_LATENTS == 0
+        self.fp8_cache_bytes = fp8_row_bytes(self.latent_dim, self.rope_dim) if whole_scales else None
         self.mha_cache_width = self.heads * (self.nope_dim + self.value_dim)
         self.pair_flops = 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim)
         self.pair_flops_decode = 2 * self.heads * (self.cache_width + self.latent_dim)
@@ -78,12 +95,10 @@ class LatentAttention(nn.Module):
         self.kv_b = nn.Linear(self.latent_dim, self.heads * (self.nope_dim + self.value_dim), bias=False)
         self.o = nn.Linear(self.heads * self.value_dim, model.hidden_size, bias=False)
 
-    def _queries(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """q without position [B, S, H, P] and rotated q [B, S, H, R]."""
+    def _queries(self, x_BSD: Tensor) -> Tensor:
+        """Queries of every head, [nope | rope], not yet rotated: [B, S, H, P + R]."""
         query = self.q_b(self.q_norm(self.q_a(x_BSD))) if self.q_lora else self.q(x_BSD)
-        nope_BSHP, rope_BSHR = query.unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.rope_dim], -1)
-        cos, sin = (t[..., None, :] for t in rope)
-        return nope_BSHP, rotary(rope_BSHR, cos, sin)
+        return query.unflatten(-1, (self.heads, -1))
 
     def _latents(self, x_BSD: Tensor, rope: Rope) -> Tensor:
         """What the cache holds of each token: normed latent, then the rotated shared rope key (which has no norm)."""
@@ -99,23 +114,32 @@ class LatentAttention(nn.Module):
         shared_BLHR = rope_BLR[:, :, None].expand(-1, -1, self.heads, -1)
         return torch.cat([k_BLHP, shared_BLHR], -1), v_BLHV
 
-    def _attend_expanded(self, nope_BQHP: Tensor, rope_BQHR: Tensor, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
+    def _cached(self, rows_BLW: Tensor) -> Tensor:
+        """What `_latents` gave for these rows of the cache, unpacked if it holds FP8 latents."""
+        if rows_BLW.dtype != torch.uint8:
+            return rows_BLW
+        parts = unpack_fp8_latents(rows_BLW.flatten(0, 1), self.latent_dim)
+        return torch.cat(parts, -1).unflatten(0, rows_BLW.shape[:2])
+
+    def _attend_expanded(self, q_BQHK: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
         """Attention over the context's keys and values, which are expanded a slice at a time."""
-        q_BQHK = torch.cat([nope_BQHP, rope_BQHR], -1)
+        q_BQHK = rotary_tail(q_BQHK, *for_heads(rope))
 
         def expand(begin: int, end: int) -> tuple[Tensor, Tensor]:
-            return self._expand(gather_context(cache_NW, batch, begin, end).to(q_BQHK.dtype))
+            rows_BLW = gather_context(cache_NW, batch, begin, end)
+            return self._expand(self._cached(rows_BLW).to(q_BQHK.dtype))
 
         return context_attention(q_BQHK, expand, batch.context, batch.positions_BQ, batch.lengths_B, self.scale)
 
-    def _attend_absorbed(self, nope_BQHP: Tensor, rope_BQHR: Tensor, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
+    def _attend_absorbed(self, q_BQHK: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
         """q·(W_k c) = (W_kᵀ q)·c, and Σ p (W_v c) = W_v (Σ p c): attention over the latents themselves."""
+        nope_BQHP, rope_BQHR = q_BQHK.split([self.nope_dim, self.rope_dim], -1)
         weight_HXC = self.kv_b.weight.unflatten(0, (self.heads, -1))
         key_HPC, value_HVC = weight_HXC.to(nope_BQHP.dtype).split([self.nope_dim, self.value_dim], 1)
         latent_BQHC = torch.einsum("bqhp,hpc->bqhc", nope_BQHP, key_HPC)
         mixed_BQHC = mla_paged_decode(
             latent_BQHC,
-            rope_BQHR,
+            rotary(rope_BQHR, *for_heads(rope)),
             cache_NW,
             batch.blocks_BP,
             batch.positions_BQ,
@@ -126,12 +150,11 @@ class LatentAttention(nn.Module):
         return torch.einsum("bqhc,hvc->bqhv", mixed_BQHC, value_HVC)
 
     def forward(self, x_BSD: Tensor, rope: Rope, starts_BS: Tensor | None) -> Tensor:
-        q_BSHK = torch.cat(self._queries(x_BSD, rope), -1)
+        q_BSHK = rotary_tail(self._queries(x_BSD), *for_heads(rope))
         k_BSHK, v_BSHV = self._expand(self._latents(x_BSD, rope))
         return self.o(packed_attention(q_BSHK, k_BSHK, v_BSHV, starts_BS, self.scale).flatten(2))
 
     def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
-        nope_BQHP, rope_BQHR = self._queries(x_BQD, rope)
         cos_TF, sin_TF = (angle_BQF.flatten(0, 1) for angle_BQF in rope)
         latent_cache_write(
             self.kv_a(x_BQD).flatten(0, 1),
@@ -143,8 +166,7 @@ class LatentAttention(nn.Module):
             batch.slots_BQ.flatten(),
         )
         attend = self._attend_absorbed if x_BQD.shape[1] <= ABSORBED_QUERIES else self._attend_expanded
-        out_BQHV = attend(nope_BQHP, rope_BQHR, cache_NW, batch)
-        return self.o(out_BQHV.flatten(2))
+        return self.o(attend(self._queries(x_BQD), rope, cache_NW, batch).flatten(2))
 
 
 def build_mla(config: MLAConfig, model: ModelConfig, layer: int) -> LatentAttention:

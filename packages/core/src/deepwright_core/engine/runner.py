@@ -11,16 +11,19 @@ Shapes: R rows (`max_batch` of them), B sequences of one call, Q new tokens of e
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import RequestError
 from ..model.cache import CacheBatch
 from .sampler import SamplingRows, sample
 from .scheduler import Chunk, Plan
 from .sequence import Sequence
+
+CacheDtype = Literal["auto", "fp8"]
 
 FREE_PADDING = 256
 PADDING_SHARE = 0.25
@@ -39,6 +42,10 @@ class GenerationModel(Protocol):
         """Values cached per token, layer by layer."""
 
     @property
+    def fp8_cache_bytes(self) -> list[int | None]:
+        """Bytes cached per token in FP8, layer by layer; None for a layer that has no such cache."""
+
+    @property
     def max_positions(self) -> int:
         """Longest sequence, in tokens."""
 
@@ -49,10 +56,24 @@ class GenerationModel(Protocol):
         """float32 logits of hidden states."""
 
     def parameters(self) -> Any:
-        """The weights; the first tells device and dtype of the cache."""
+        """The weights; the first tells device and (unless FP8 is asked for) dtype of the cache."""
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation."""
+
+
+def new_cache(model: GenerationModel, slots: int, cache_dtype: CacheDtype, weight: Tensor) -> list[Tensor]:
+    """The cache of every layer, [slots, width] in the weights' dtype or [slots, bytes] in FP8."""
+    if cache_dtype == "auto":
+        return [torch.zeros(slots, width, dtype=weight.dtype, device=weight.device) for width in model.cache_widths]
+    sizes = model.fp8_cache_bytes
+    without = [layer for layer, size in enumerate(sizes) if size is None]
+    if without:
+        raise RequestError(
+            f"cache_dtype is 'fp8', and the attention of layers {without} has no FP8 cache (latent attention has one "
+            "when kv_lora_rank is a multiple of 128); expected 'auto'."
+        )
+    return [torch.zeros(slots, size, dtype=torch.uint8, device=weight.device) for size in sizes if size is not None]
 
 
 def signed_seed(seed: int) -> int:
@@ -80,14 +101,21 @@ class ModelRunner:
     """The model, its cache, and the rows of the decoding sequences."""
 
     def __init__(
-        self, model: GenerationModel, *, blocks: int, block_size: int, max_batch: int, row_blocks: int
+        self,
+        model: GenerationModel,
+        *,
+        blocks: int,
+        block_size: int,
+        max_batch: int,
+        row_blocks: int,
+        cache_dtype: CacheDtype,
     ) -> None:
         weight = next(iter(model.parameters()))
         self.model = model
         self.device = weight.device
         self.block_size = block_size
         slots = (blocks + 1) * block_size  # block 0 is the padding's
-        self.cache = [torch.zeros(slots, width, dtype=weight.dtype, device=self.device) for width in model.cache_widths]
+        self.cache = new_cache(model, slots, cache_dtype, weight)
 
         def column(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)

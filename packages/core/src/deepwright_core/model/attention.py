@@ -30,7 +30,8 @@ class Attention(Protocol):
 
     rope_dim: width of the rotated part of queries and keys.
     cache_width: values kept per token for decoding. mha_cache_width: what plain multi-head attention with the same
-    heads would keep. pair_flops: FLOPs for one pair of query and key (score and mix, all heads); an attention that
+    heads would keep. fp8_cache_bytes: bytes per token of a cache in FP8, of one that can read and write such a cache.
+    pair_flops: FLOPs for one pair of query and key (score and mix, all heads); an attention that
     decodes in another form says `pair_flops_decode` too. `heads`, where it has them: those of the queries.
     forward: training form. A query sees the keys from starts_BS (None: from 0) up to itself: those of its document.
     extend: writes the new tokens into the layer's cache and attends to everything cached so far.

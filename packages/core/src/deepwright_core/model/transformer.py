@@ -107,6 +107,11 @@ class Transformer(nn.Module):
         """Values cached per token, layer by layer."""
         return [cast(Attention, cast(Block, block).attention).cache_width for block in self.layers]
 
+    @property
+    def fp8_cache_bytes(self) -> list[int | None]:
+        """Bytes cached per token in FP8, layer by layer; None where an attention has no such cache."""
+        return [getattr(cast(Block, block).attention, "fp8_cache_bytes", None) for block in self.layers]
+
     def forward(
         self, tokens_BS: Tensor, segments_BS: Tensor | None = None, record: ForwardRecord | None = None
     ) -> Tensor:
