@@ -43,6 +43,8 @@ def test_a_port_in_use_is_one_sentence_and_status_2(
         (["--port", "70000"], "--port"),
         (["--drain-seconds", "-1"], "--drain-seconds is -1"),
         (["--device", "abacus"], "--device is 'abacus'"),
+        (["--cache-dtype", "fp4"], "--cache-dtype"),
+        (["--cache-dtype", "fp8"], "has no FP8 cache"),
     ],
 )
 def test_wrong_options(

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -28,7 +28,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from deepwright_core import plugins
-from deepwright_core.engine import Engine
+from deepwright_core.engine import CacheDtype, Engine
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.model.directory import find_model, load_model
 from deepwright_core.stage import write_atomically
@@ -58,6 +58,7 @@ def serve(
     precision: str = "auto",
     threads: int = 0,
     cache_tokens: int = CACHE_TOKENS,
+    cache_dtype: CacheDtype = "auto",
     limits: Limits | None = None,
     address_file: Path | None = None,
     end_with_stdin: bool = False,
@@ -80,7 +81,13 @@ def serve(
         if threads:
             torch.set_num_threads(threads)
         service = load_service(
-            directory, name=name, device=device, precision=precision, cache_tokens=cache_tokens, limits=limits
+            directory,
+            name=name,
+            device=device,
+            precision=precision,
+            cache_tokens=cache_tokens,
+            cache_dtype=cache_dtype,
+            limits=limits,
         )
         service.keys, service.local = keys, local
         service.door.keys, service.door.local = keys, local
@@ -88,7 +95,14 @@ def serve(
 
 
 def load_service(
-    directory: Path, *, name: str, device: str, precision: str, cache_tokens: int, limits: Limits
+    directory: Path,
+    *,
+    name: str,
+    device: str,
+    precision: str,
+    cache_tokens: int,
+    cache_dtype: CacheDtype,
+    limits: Limits,
 ) -> Service:
     """Model, tokenizer and engine of a model directory."""
     try:
@@ -103,7 +117,12 @@ def load_service(
     model = load_model(directory, plugins.installed().registry, device=chosen, dtype=dtype)
     tokenizer = Tokenizer.load(directory)
     engine = Engine(
-        model, tokenizer.end_ids, cache_tokens=cache_tokens, block_size=BLOCK_SIZE, max_batch=limits.running
+        model,
+        tokenizer.end_ids,
+        cache_tokens=cache_tokens,
+        block_size=BLOCK_SIZE,
+        max_batch=limits.running,
+        cache_dtype=cache_dtype,
     )
     # One block is the padding's.
     context = min(model.max_positions, cache_tokens - BLOCK_SIZE)
@@ -228,6 +247,7 @@ def _end_with_stdin(server: GracefulServer) -> None:
 @click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"]))
 @click.option("--threads", default=0, type=click.IntRange(0), help="CPU threads of the model (0: all cores).")
 @click.option("--cache-tokens", default=CACHE_TOKENS, show_default=True, type=click.IntRange(64))
+@click.option("--cache-dtype", default="auto", show_default=True, type=click.Choice(get_args(CacheDtype)))
 @click.option("--max-running", default=64, show_default=True, type=click.IntRange(1, 4096))
 @click.option("--max-waiting", default=256, show_default=True, type=click.IntRange(0, 65536))
 @click.option("--request-seconds", default=600.0, show_default=True, help="Deadline of a request.")

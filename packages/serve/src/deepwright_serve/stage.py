@@ -17,6 +17,7 @@ from typing import Any, Literal
 import httpx
 from pydantic import BaseModel, ConfigDict, Field
 
+from deepwright_core.engine import CacheDtype
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.stage import Stage, StageContext, StageResult, write_atomically
 from deepwright_core.tasks import Problem, load_problems, score
@@ -41,6 +42,7 @@ class ServeConfig(BaseModel):
     thinking: Literal["auto", "enabled", "disabled"] = Field("auto", description="auto: the model decides")
     model_name: str = Field("deepwright", min_length=1, max_length=256, description="the model's name in requests")
     cache_tokens: int = Field(65536, ge=64, description="tokens that the engine's cache holds")
+    cache_dtype: CacheDtype = Field("auto", description="auto: the weights'; fp8: latents in FP8, for latent attention")
     ready_seconds: float = Field(120.0, gt=0, description="time that the server has to become ready")
     answer_seconds: float = Field(300.0, gt=0, description="deadline of each answer")
 
@@ -80,6 +82,7 @@ def run(sections: Mapping[str, Any], context: StageContext) -> StageResult:
     if not problems:
         raise RequestError(f"{held_out} holds no problem; have the prepare stage make more test problems.")
     options = ["--name", config.model_name, "--cache-tokens", str(config.cache_tokens)]
+    options += ["--cache-dtype", config.cache_dtype]
     options += ["--precision", str(sections["precision"]), "--threads", str(sections["threads"])]
     context.progress.start("starting the server", 1)
     server = child.start(
