@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepwright_kernels import route
+from deepwright_kernels import configure, route
 
 
 def by_hand(
@@ -19,27 +19,29 @@ def by_hand(
     return sorted((e for e in range(len(scores)) if e // size in kept), key=lambda e: -biased[e])[:top_k]
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 @pytest.mark.parametrize(
     ("experts", "top_k", "groups", "top_groups", "group_best"),
     [(8, 2, 1, 1, 2), (12, 4, 3, 2, 2), (12, 4, 3, 2, 1), (20, 5, 4, 1, 3), (7, 7, 1, 1, 1), (9, 2, 9, 3, 1)],
 )
 def test_choice_weights_scores_and_counts(
-    scoring: str, experts: int, top_k: int, groups: int, top_groups: int, group_best: int
+    backend: str, scoring: str, experts: int, top_k: int, groups: int, top_groups: int, group_best: int
 ) -> None:
     torch.manual_seed(0)
     # Multiples of a half: many ties.
     logits_TE, bias_E = (torch.randn(40, experts) * 2).round() / 2, torch.randn(experts).round() / 4
-    choice = route(
-        logits_TE,
-        bias_E,
-        top_k,
-        scoring=scoring,
-        groups=groups,
-        top_groups=top_groups,
-        group_best=group_best,
-        scaling=2.5,
-    )
+    with configure({"route": backend}):
+        choice = route(
+            logits_TE,
+            bias_E,
+            top_k,
+            scoring=scoring,
+            groups=groups,
+            top_groups=top_groups,
+            group_best=group_best,
+            scaling=2.5,
+        )
     want_TE = torch.sigmoid(logits_TE) if scoring == "sigmoid" else torch.softmax(logits_TE, -1)
     torch.testing.assert_close(choice.scores_TE, want_TE)
     # Sums of float32 as the operator makes them: a tie must be a tie here too.

@@ -24,10 +24,21 @@ def _too_large(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, *_: object)
     return None
 
 
+def _not_float32(logits_TE: Tensor, bias_E: Tensor | None, *_: object) -> str | None:
+    if logits_TE.dtype != torch.float32 or (bias_E is not None and bias_E.dtype != torch.float32):
+        return "its keys hold float32 and logits_TE or bias_E is float64"
+    return None
+
+
 dispatch.operator(
     NAME,
-    {"reference": f"{__name__}.reference:route", "triton": f"{__name__}.triton:route"},
-    needs={"triton": _too_large},
+    {
+        "reference": f"{__name__}.reference:route",
+        "triton": f"{__name__}.triton:route",
+        "torch": f"{__name__}.packed_keys:route",
+    },
+    elsewhere=lambda logits_TE, *_: ("torch", "reference") if logits_TE.dtype == torch.float32 else ("reference",),
+    needs={"triton": _too_large, "torch": _not_float32},
 )
 
 

@@ -240,7 +240,7 @@ def _route(
 
 
 @_route.register_fake
-def _(
+def shapes(
     logits_TE: Tensor,
     bias_E: Tensor | None,
     top_k: int,
@@ -251,6 +251,7 @@ def _(
     normalise: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tensors of the results' shapes."""
     tokens, experts = logits_TE.shape
     return (
         logits_TE.new_empty(tokens, top_k, dtype=torch.int64),
@@ -312,13 +313,13 @@ def _(
     return torch.empty_like(scores_TE)
 
 
-def _keep(ctx, inputs, output) -> None:
+def keep(ctx, inputs, output) -> None:
     _logits, _bias, _top_k, ctx.sigmoid, _groups, _top_groups, _best, ctx.normalise, ctx.scaling = inputs
     ctx.save_for_backward(output[0], output[2])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, _grad_experts, grad_weights_TK, grad_scores_TE, _grad_counts):
+def gradients(ctx, _grad_experts, grad_weights_TK, grad_scores_TE, _grad_counts):
     if grad_weights_TK is None and grad_scores_TE is None:
         return (None,) * 9
     experts_TK, scores_TE = ctx.saved_tensors
@@ -328,7 +329,7 @@ def _gradients(ctx, _grad_experts, grad_weights_TK, grad_scores_TE, _grad_counts
     return (grad_logits_TE, *(None,) * 8)
 
 
-_route.register_autograd(_gradients, setup_context=_keep)
+_route.register_autograd(gradients, setup_context=keep)
 
 
 def route(

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 
-def _rows_by_copy(rows_CD: Tensor, order_R: Tensor, copies: int) -> Tensor:
+def _rows_by_copy(rows_CD: Tensor, order_R: Tensor, copies: int, gaps: bool) -> Tensor:
     """Row order[r] // copies for each r, zeros where r is a gap."""
+    if not gaps:
+        return rows_CD.index_select(0, order_R // copies)
     if not len(rows_CD):
         return rows_CD.new_zeros(len(order_R), rows_CD.shape[1])
     gathered_RD = rows_CD.index_select(0, order_R.clamp(min=0) // copies)
@@ -30,7 +32,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
         ctx.save_for_backward(place_TK)
-        return _rows_by_copy(x_TD, order_R, place_TK.shape[1])
+        return _rows_by_copy(x_TD, order_R, place_TK.shape[1], len(order_R) > place_TK.numel())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -51,10 +53,11 @@ class _Unpermute(torch.autograd.Function):
         y_RD, order_R, place_TK, weights_TK = ctx.saved_tensors
         (grad_TD,) = gradients
         wide = torch.promote_types(y_RD.dtype, torch.float32)
-        grad_weights_TK = (_by_place(y_RD, place_TK).to(wide) * grad_TD[:, None].to(wide)).sum(-1)
-        grad_RD = _rows_by_copy(grad_TD, order_R, place_TK.shape[1]).to(wide)
-        weight_R = _rows_by_copy(weights_TK.reshape(-1, 1), order_R, 1).to(wide)
-        return (grad_RD * weight_R).to(y_RD.dtype), None, None, grad_weights_TK.to(weights_TK.dtype)
+        grad_weights_TK = (_by_place(y_RD, place_TK).to(wide) @ grad_TD[..., None].to(wide)).squeeze(-1)
+        gaps = len(order_R) > place_TK.numel()
+        grad_RD = _rows_by_copy(grad_TD, order_R, place_TK.shape[1], gaps).to(wide)
+        weight_R1 = _rows_by_copy(weights_TK.reshape(-1, 1), order_R, 1, gaps).to(wide)
+        return grad_RD.mul_(weight_R1).to(y_RD.dtype), None, None, grad_weights_TK.to(weights_TK.dtype)
 
 
 def permute(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""The first half of the experts, from tokens to SwiGLU's result in expert order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional
+
+from deepwright_kernels import ExpertOrder, backend_for, dispatch, expert_order, grouped_swiglu
+
+from .case import FLOPS, Case, Settings, applied, with_gradients
+
+# tokens, top_k, experts, expert width, hidden: V2-Lite; V3's experts on one of 32 machines; V2-Lite decoding.
+ON_GPU = [(4096, 6, 64, 1408, 2048), (4096, 8, 8, 2048, 7168), (128, 6, 64, 1408, 2048)]
+ON_CPU = [(512, 4, 16, 64, 128)]
+
+
+def _with_torch(x_TD: torch.Tensor, gate_up_EID: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    x_RD = x_TD[order.order_R // order.place_TK.shape[1]]
+    product_RI = functional.grouped_mm(x_RD, gate_up_EID.transpose(-2, -1), offs=order.ends_E)
+    gate_RI, up_RI = product_RI.chunk(2, -1)
+    return functional.silu(gate_RI) * up_RI
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    for tokens, top_k, experts, width, hidden in ON_GPU if settings.gpu else ON_CPU:
+        x = torch.randn(tokens, hidden, device=settings.device, dtype=settings.dtype, requires_grad=True)
+        weight = torch.randn(experts, 2 * width, hidden, device=settings.device) * 0.02
+        weight = weight.to(settings.dtype).requires_grad_()
+        order = expert_order(torch.rand(tokens, experts, device=settings.device).topk(top_k, -1).indices, experts)
+        composed = dispatch.load("grouped_swiglu", "torch")
+        functions = {
+            "ours": grouped_swiglu,
+            "composed": lambda x, w, order, composed=composed: composed(
+                x, w, order.order_R, order.place_TK, order.ends_E
+            ),
+            "torch": _with_torch,
+        }
+        if settings.compiled and settings.gpu:
+            functions["compile"] = torch.compile(_with_torch)
+        work = 2 * tokens * top_k * 2 * width * hidden
+        shape = f"{tokens} x {top_k} of {experts}, ({2 * width}, {hidden})"
+        backend = backend_for("grouped_swiglu", x, weight, order.order_R, order.place_TK, order.ends_E)
+        yield Case(
+            "grouped_swiglu", shape, applied(functions, x.detach(), weight.detach(), order), work, FLOPS, backend
+        )
+        upstream = torch.randn(tokens * top_k, width, device=settings.device, dtype=settings.dtype)
+        training = with_gradients(functions, [x, weight], upstream, x, weight, order)
+        yield Case("grouped_swiglu + gradients", shape, training, 3 * work, FLOPS, backend)

@@ -1,0 +1,93 @@
+"""The router as one CUDA kernel for Hopper (`hopper.cu`), with the Triton kernel's backward pass.
+
+Shapes: T tokens, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..cuda_source import kernel
+from . import triton as portable
+
+SOURCE = Path(__file__).with_name("hopper.cu")
+THREADS, FEW_THREADS = 1024, 1024
+ROWS_OF_BLOCK = THREADS // 32
+# A cluster of this many blocks routes this many tokens at once.
+FEW_BLOCKS = 8
+FEW_TOKENS = FEW_BLOCKS * FEW_THREADS // 32
+
+
+@torch.library.custom_op("deepwright::route_hopper", mutates_args=())
+def _route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    top_k: int,
+    sigmoid: bool,
+    groups: int,
+    top_groups: int,
+    group_best: int,
+    normalise: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, experts = logits_TE.shape
+    logits_TE = logits_TE.contiguous()
+    device = logits_TE.device
+    experts_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
+    weights_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
+    scores_TE = torch.empty_like(logits_TE)
+    few = tokens <= FEW_TOKENS
+    counts_E = (torch.empty if few else torch.zeros)(experts, dtype=torch.int64, device=device)
+    if top_groups == groups:
+        groups = top_groups = 1
+    defines = {
+        "EXPERTS": experts,
+        "GROUPS": groups,
+        "TOP_GROUPS": top_groups,
+        "GROUP_BEST": group_best,
+        "TOP_K": top_k,
+        "SIGMOID": int(sigmoid),
+        "NORMALISE": int(normalise),
+        "HAS_BIAS": int(bias_E is not None),
+        "THREADS": FEW_THREADS if few else THREADS,
+        "FEW": FEW_BLOCKS if few else 0,
+    }
+    blocks = FEW_BLOCKS
+    if not few:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        blocks = min(-(-tokens // ROWS_OF_BLOCK), processors)
+    kernel(SOURCE, "route", defines, 0, device).launch(
+        (blocks, 1, 1),
+        (THREADS, 1, 1),
+        logits_TE,
+        logits_TE if bias_E is None else bias_E.contiguous(),
+        experts_TK,
+        weights_TK,
+        scores_TE,
+        counts_E,
+        tokens,
+        scaling,
+    )
+    return experts_TK, weights_TK, scores_TE, counts_E
+
+
+_route.register_fake(portable.shapes)
+_route.register_autograd(portable.gradients, setup_context=portable.keep)
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    top_k: int,
+    scoring: str,
+    groups: int,
+    top_groups: int,
+    group_best: int,
+    normalise: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See the operator's docstring."""
+    return _route(logits_TE, bias_E, top_k, scoring == "sigmoid", groups, top_groups, group_best, normalise, scaling)
