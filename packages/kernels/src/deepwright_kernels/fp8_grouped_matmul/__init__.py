@@ -25,7 +25,7 @@ dispatch.operator(
         "triton": f"{__name__}.triton:{NAME}",
         "cuda": "deepwright_kernels.fp8_matmul.hopper:fp8_grouped_matmul",
     },
-    cuda=("triton", "reference"),
+    cuda=("cuda", "triton", "reference"),
     needs={"cuda": _why_not_hopper},
 )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..fp8_layout import BLOCK, blocks
 from ..fp8_matmul.triton import (
-    ROW_SCALES_REGISTERS,
+    MOST_REGISTERS,
     STAGES,
     TILE_M,
     TILES_DOWN,
@@ -93,7 +93,7 @@ def _product(
             TILES_DOWN=TILES_DOWN,
             num_warps=WARPS,
             num_stages=STAGES,
-            maxnreg=ROW_SCALES_REGISTERS,
+            maxnreg=MOST_REGISTERS,
         )
     return y_EMN
 

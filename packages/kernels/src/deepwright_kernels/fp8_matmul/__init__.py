@@ -23,7 +23,7 @@ dispatch.operator(
         "triton": f"{__name__}.triton:{NAME}",
         "cuda": f"{__name__}.hopper:{NAME}",
     },
-    cuda=("triton", "reference"),
+    cuda=("cuda", "triton", "reference"),
     needs={"cuda": _why_not_hopper},
 )
 

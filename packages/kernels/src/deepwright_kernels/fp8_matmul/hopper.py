@@ -130,7 +130,7 @@ def launch(
 
 
 def _tiling(schedule: int, rows: int, columns: int) -> Tiling:
-    return Tiling(waves=1, wave_columns=128, cluster=1, raster=8)
+    return Tiling(waves=2, wave_columns=128, cluster=1, raster=8)
 
 
 @torch.library.custom_op("deepwright::fp8_matmul_hopper", mutates_args=(), device_types="cuda")

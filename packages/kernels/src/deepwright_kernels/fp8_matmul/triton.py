@@ -1,8 +1,9 @@
 """The product of block-scaled FP8 matrices as a Triton kernel.
 
-A program owns a tile of 128 x 128 of the result. For each 128 of K the copy engine brings a tile of either operand, the
+A program owns a tile of 64 x 128 of the result. For each 128 of K the copy engine brings a tile of either operand, the
 tensor cores multiply them, and their sums are scaled and added in float32 by the ordinary cores; the scales of the next
-128 are fetched meanwhile. Two programs share a processor, so that one multiplies while the other one scales. Programs
+128 are fetched meanwhile. Three programs share a processor, so that one multiplies while another
+one scales. Programs
 that run at the same time work on neighbouring tiles, whose operands they find in the second-level cache.
 
 Shapes: M and N rows of the operands, K what is summed over.
@@ -17,12 +18,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..fp8_layout import BLOCK, blocks
 from ..fp8_rows.triton import INTERPRETED
 
-TILE_M = 128
-TILES_DOWN = 16  # neighbouring tiles: this many rows of them, column by column
-WARPS = 8
+TILE_M = 64
+TILES_DOWN = 32  # neighbouring tiles: this many rows of them, column by column
+WARPS = 4
 STAGES = 3
-MOST_REGISTERS = 128  # two programs of 256 threads on a processor
-ROW_SCALES_REGISTERS = 255  # a scale for each column of a tile takes as many registers as fit one program only
+MOST_REGISTERS = 168  # three programs of 128 threads on a processor
 
 
 @triton.jit
@@ -135,7 +135,6 @@ def _product(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dt
     if not a_MK.numel() or not outputs:
         return torch.zeros(rows, outputs, dtype=dtype, device=a_MK.device)
     y_MN = torch.empty(rows, outputs, dtype=dtype, device=a_MK.device)
-    b_rows = b_scale.shape[0] == outputs
     _kernel[(triton.cdiv(rows, TILE_M) * blocks(outputs),)](
         tiles_of(a_MK, TILE_M),
         tiles_of(b_NK, BLOCK),
@@ -148,12 +147,12 @@ def _product(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dt
         a_scale_MV.stride(1),
         b_scale.stride(0),
         b_scale.stride(1),
-        B_ROWS=b_rows,
+        B_ROWS=b_scale.shape[0] == outputs,
         TILE_M=TILE_M,
         TILES_DOWN=TILES_DOWN,
         num_warps=WARPS,
         num_stages=STAGES,
-        maxnreg=ROW_SCALES_REGISTERS if b_rows else MOST_REGISTERS,
+        maxnreg=MOST_REGISTERS,
     )
     return y_MN
 
