@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deepwright_core.errors import RequestError
 from deepwright_core.finetune.lora import Lora, LoraConfig
 from deepwright_core.model.config import ModelConfig
-from deepwright_core.model.fp8 import Fp8Linear, fp8_problems, train_in_fp8
+from deepwright_core.model.fp8 import Fp8Linear, Fp8SwiGLU, fp8_problems, train_in_fp8
 from deepwright_core.model.precision import autocast, resolve
 from deepwright_core.model.transformer import Transformer, build_model
 from deepwright_core.registry import Registry
@@ -49,7 +49,8 @@ def test_projections_of_blocks_are_converted_and_nothing_else(registry: Registry
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     converted = {name for name, kind in kinds.items() if kind is Fp8Linear}
     assert kinds.keys() - converted == {"head", "mtp.0.projection"}
-    assert "layers.0.attention.q" in converted and "mtp.0.block.ffn.down" in converted
+    assert "layers.0.attention.q" in converted and "mtp.0.block.attention.o" in converted
+    assert all(type(block.ffn) is Fp8SwiGLU for block in [*model.layers, model.mtp[0].block])
 
 
 def test_parameters_and_checkpoints_do_not_know_of_it(registry: Registry) -> None:

@@ -19,9 +19,20 @@ from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.feed_forward import Mixture, SwiGLU
 from deepwright_core.model.record import ForwardRecord
 from deepwright_core.registry import ComponentConfig, ComponentOf, Registry
-from deepwright_kernels import ExpertOrder, expert_order, grouped_linear, grouped_swiglu, unpermute
+from deepwright_kernels import (
+    ExpertOrder,
+    expert_order,
+    fp8_grouped_feed_forward,
+    grouped_linear,
+    grouped_swiglu,
+    permute,
+    unpermute,
+)
 
 from .balance import sequence_balance_loss
+
+# Blocks of 128 tokens, along which FP8 gradients are quantised, must not reach from one expert into the next.
+FP8_ALIGNMENT = 128
 
 
 class MoEConfig(ComponentConfig):
@@ -62,20 +73,37 @@ class MoEConfig(ComponentConfig):
 
 
 class Experts(nn.Module):
-    """E SwiGLU feed-forwards with their weights stacked: gate and up [E, 2·I, D], down [E, D, I].
-
-    alignment: what the products ask every expert's rows to begin at a multiple of.
-    """
-
-    alignment = 1
+    """E SwiGLU feed-forwards with their weights stacked: gate and up [E, 2·I, D], down [E, D, I]."""
 
     def __init__(self, experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.active_share = top_k / experts
+        self._trains_in_fp8 = False
         self.gate_up_EID = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_EDI = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
 
+    def fp8_matrices(self) -> dict[str, Tensor]:
+        """The stacks that are multiplied in FP8 (`deepwright_core.model.fp8`), the hidden width once for each half."""
+        gate_EID, up_EID = self.gate_up_EID.chunk(2, 1)
+        return {"experts' gate": gate_EID, "experts' up": up_EID, "experts' down": self.down_EDI}
+
+    def train_in_fp8(self) -> None:
+        """From now on multiply in block-scaled FP8 while training."""
+        self._trains_in_fp8 = True
+
+    @property
+    def _in_fp8(self) -> bool:
+        return self._trains_in_fp8 and self.training
+
+    @property
+    def alignment(self) -> int:
+        """What the products ask every expert's rows to begin at a multiple of."""
+        return FP8_ALIGNMENT if self._in_fp8 else 1
+
     def forward(self, x_TD: Tensor, order: ExpertOrder) -> Tensor:
+        if self._in_fp8:
+            x_RD = permute(x_TD.to(torch.bfloat16), order)
+            return fp8_grouped_feed_forward(x_RD, self.gate_up_EID, self.down_EDI, order.ends_E)
         h_RI = grouped_swiglu(x_TD, self.gate_up_EID, order)
         return grouped_linear(h_RI, self.down_EDI, order.ends_E)
 
