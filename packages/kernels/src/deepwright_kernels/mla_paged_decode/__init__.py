@@ -10,8 +10,41 @@ from ..arguments import FLOATS, INTEGERS, require, require_device, require_dtype
 from .reference import SCALED_LATENTS, fp8_row_bytes
 
 NAME = "mla_paged_decode"
+# What the kernel for Hopper is made for: DeepSeek-V2's and V3's widths, pages of as many keys as its tiles have.
+HOPPER_LATENT, HOPPER_ROPE, HOPPER_BLOCK = 512, 64, 64
+
+
+def _why_not_hopper(
+    q_latent_BQHC: Tensor,
+    q_rope_BQHR: Tensor,
+    cache_NW: Tensor,
+    blocks_BP: Tensor,
+    positions_BQ: Tensor,
+    lengths_B: Tensor,
+    block_size: int,
+    scale: float,
+) -> str | None:
+    if cache_NW.dtype != torch.bfloat16 or q_latent_BQHC.dtype != torch.bfloat16:
+        return "its queries and its cache are bfloat16"
+    latent, rope = q_latent_BQHC.shape[-1], q_rope_BQHR.shape[-1]
+    if (latent, rope) != (HOPPER_LATENT, HOPPER_ROPE):
+        return f"its widths are {HOPPER_LATENT} + {HOPPER_ROPE} and these are {latent} + {rope}"
+    if block_size != HOPPER_BLOCK:
+        return f"its blocks hold {HOPPER_BLOCK} tokens and these hold {block_size}"
+    if cache_NW.stride(0) % 8 != 0 or cache_NW.shape[0] == 0:
+        return "the copy engine wants cache rows that begin at multiples of 16 bytes"
+    return f"it wants a positive scale and this is {scale}" if scale <= 0 else None
+
+
 dispatch.operator(
-    NAME, {"reference": f"{__name__}.reference:mla_paged_decode", "triton": f"{__name__}.triton:mla_paged_decode"}
+    NAME,
+    {
+        "reference": f"{__name__}.reference:mla_paged_decode",
+        "triton": f"{__name__}.triton:mla_paged_decode",
+        "cuda": f"{__name__}.hopper:mla_paged_decode",
+    },
+    cuda=("cuda", "triton", "reference"),
+    needs={"cuda": _why_not_hopper},
 )
 
 

@@ -22,7 +22,6 @@ constexpr int CHUNK = 64;                              // values of a row that a
 constexpr int CHUNKS = (LATENT + ROPE) / CHUNK, HALF_CHUNKS = HALF / CHUNK, ROPE_CHUNK = LATENT / CHUNK;
 constexpr int CHUNK_BYTES = ROWS * CHUNK * 2, TILE_BYTES = CHUNKS * CHUNK_BYTES;
 constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, THREADS = 3 * WARPGROUP;
-constexpr int AHEAD = 2;                               // of its pages, that a warp fetches into the L2
 constexpr float LOWEST = -1e30f;                       // below every score, and no NaN when subtracted from itself
 constexpr u32 ALL = 0xffffffffu;
 #define NOTHING __int_as_float(0xff800000)             // minus infinity
@@ -93,11 +92,6 @@ __device__ __forceinline__ void copy_chunk(const Map* map, char* target, u64* fu
           shared_address(target)),
       "l"(map), "r"(chunk * CHUNK), "r"(slot), "r"(shared_address(full))
       : "memory");
-}
-
-__device__ __forceinline__ void fetch_chunk(const Map* map, int chunk, int slot) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(chunk * CHUNK), "r"(slot)
-               : "memory");
 }
 
 // ---- wgmma
@@ -322,30 +316,21 @@ __device__ __forceinline__ void release(u64* empty) {
   if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
 
-// One half of every second page, those that this warp has, into its place as soon as that is free. What will be wanted
-// AHEAD of its pages later is fetched into the L2 meanwhile: two pages in shared memory are too few to hide the main memory.
+// One half of every second page, those that this warp has, into its place as soon as that is free.
 __device__ __forceinline__ void bring_pages(
     Shared& s, const Map* map, const BLOCKS_T* blocks, int first, int last, int odd, int side) {
   const int lane = threadIdx.x % 32;
   // The rope part carries weights to the other warpgroup: it comes free with the half that one reads.
   const int begin = side * HALF_CHUNKS, chunks = HALF_CHUNKS + (side != odd);
-  int known = 0, later = 0;  // the blocks of 32 of this warp's pages, one a lane, and of the 32 after them
+  int known = 0;  // the blocks of 32 of this warp's pages, one a lane
   for (int page = first + odd, round = 0; page < last; page += 2, round++) {
-    if (round % 32 == 0) {
-      const int mine = page + 2 * lane;
-      known = round > 0 ? later : mine < last ? (int)blocks[mine] : 0;
-      later = mine + 64 < last ? (int)blocks[mine + 64] : 0;
-    }
+    if (round % 32 == 0) known = page + 2 * lane < last ? (int)blocks[page + 2 * lane] : 0;
     const int slot = __shfl_sync(ALL, known, round % 32) * PAGE;
-    const int coming = __shfl_sync(ALL, round % 32 + AHEAD < 32 ? known : later, (round + AHEAD) % 32) * PAGE;
     if (lane == 0) {
       if (round > 0) barrier_wait(&s.empty[odd][side], (round - 1) & 1);
       for (int i = 0; i < chunks; i++) {
         const int chunk = i < HALF_CHUNKS ? begin + i : ROPE_CHUNK;
         copy_chunk(map, s.keys[odd] + chunk * CHUNK_BYTES, &s.full[odd][chunk], chunk, slot);
-      }
-      if (AHEAD > 0 && page + 2 * AHEAD < last) {
-        for (int i = 0; i < chunks; i++) fetch_chunk(map, i < HALF_CHUNKS ? begin + i : ROPE_CHUNK, coming);
       }
     }
     __syncwarp();

@@ -33,31 +33,6 @@ COMBINE = 3
 _C_TYPES = {torch.int32: "int", torch.int64: "long long"}
 
 
-def needs(
-    q_latent_BQHC: Tensor,
-    q_rope_BQHR: Tensor,
-    cache_NW: Tensor,
-    blocks_BP: Tensor,
-    positions_BQ: Tensor,
-    lengths_B: Tensor,
-    block_size: int,
-    scale: float,
-) -> str | None:
-    """None, or why the kernel does not take these arguments."""
-    if cache_NW.dtype != torch.bfloat16 or q_latent_BQHC.dtype != torch.bfloat16:
-        return "its queries and its cache are bfloat16"
-    widths = (q_latent_BQHC.shape[-1], q_rope_BQHR.shape[-1])
-    if widths != (LATENT, ROPE):
-        return f"its widths are {LATENT} + {ROPE} and these are {widths[0]} + {widths[1]}"
-    if block_size != PAGE:
-        return f"its blocks hold {PAGE} tokens and these hold {block_size}"
-    if cache_NW.stride(0) % 8 != 0 or cache_NW.shape[0] == 0:
-        return "the copy engine wants cache rows that begin at multiples of 16 bytes"
-    if scale <= 0:
-        return f"it wants a positive scale and this is {scale}"
-    return None
-
-
 @cache
 def shares(items: int, pages: int, processors: int) -> int:
     """Into how many shares to cut the keys of each of `items` (sequence, row tile) pairs of up to `pages` pages.
