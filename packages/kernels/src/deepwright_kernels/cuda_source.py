@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -35,6 +36,7 @@ _TENSOR_MAP_TYPES = {
 }
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _PROMOTE_TO_256_BYTES = 3
+_FLOAT, _INT = struct.Struct("=f"), struct.Struct("=I")
 
 
 class CudaError(RuntimeError):
@@ -99,10 +101,21 @@ class Kernel:
         float32, a `TensorMap` by value (a `const __grid_constant__` parameter)."""
         from cuda.bindings import driver
 
-        kept = [_parameter(argument) for argument in arguments]
-        addresses = (ctypes.c_void_p * len(kept))(
-            *(each.address if isinstance(each, TensorMap) else ctypes.addressof(each) for each in kept)
-        )
+        # Eight bytes for each argument (the driver reads as many as the parameter has) and an array of their addresses.
+        # This runs before every small kernel, so it is kept short.
+        count = len(arguments)
+        values = (ctypes.c_int64 * count)()
+        start = ctypes.addressof(values)
+        addresses = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
+        for index, argument in enumerate(arguments):
+            if isinstance(argument, Tensor):
+                values[index] = argument.data_ptr()
+            elif isinstance(argument, int):
+                values[index] = argument
+            elif isinstance(argument, float):
+                values[index] = _INT.unpack(_FLOAT.pack(argument))[0]
+            else:
+                addresses[index] = argument.address
         stream = torch.cuda.current_stream().cuda_stream
         _checked(
             driver.cuLaunchKernel(
@@ -110,14 +123,6 @@ class Kernel:
             ),
             "starting a CUDA kernel",
         )
-
-
-def _parameter(argument: Tensor | TensorMap | int | float) -> Any:
-    if isinstance(argument, TensorMap):
-        return argument
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_float(argument)
 
 
 @cache
