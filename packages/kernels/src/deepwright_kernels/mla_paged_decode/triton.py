@@ -132,12 +132,15 @@ def _part_kernel(
                 position_X = tl.load(positions_ptr + sequence_ * QUERIES + query_X, mask=real_X, other=-1).to(tl.int32)
                 # A row sees keys below its limit.
                 limit_X = tl.minimum(position_X + 1, length)
+                seen_by_all = tl.min(tl.where(real_X, limit_X, 2147483647), axis=0)
                 seen = tl.max(limit_X, axis=0)
                 table_ptr = blocks_ptr + sequence_ * blocks_stride
 
                 top_X = tl.full((BLOCK_X,), float("-inf"), dtype=tl.float32)
                 sum_X = tl.zeros((BLOCK_X,), dtype=tl.float32)
-                if SWAP == 1:
+                if SWAP == 6:
+                    sum_XK = tl.zeros((BLOCK_X, BLOCK_K), dtype=tl.float32)
+                if SWAP == 1 or SWAP == 5:
                     out_CX = tl.zeros((BLOCK_C, BLOCK_X), dtype=tl.float32)
                 else:
                     out_XC = tl.zeros((BLOCK_X, BLOCK_C), dtype=tl.float32)
@@ -153,7 +156,9 @@ def _part_kernel(
                         block = tl.load(table_ptr + tl.minimum(tile + 1, last - 1) * BLOCK_K // BLOCK_SIZE)
                     else:
                         block_K = tl.load(table_ptr + key_K // BLOCK_SIZE, mask=cached_K, other=0).to(tl.int64)
-                        start_K = cache_ptr + (block_K * BLOCK_SIZE + key_K % BLOCK_SIZE) * CACHE_STRIDE
+                        # Not (block_K * BLOCK_SIZE + key_K % BLOCK_SIZE) * CACHE_STRIDE: the compiler would take every
+                        # row to be as well aligned as a block's first, and copy more bytes at once than may be.
+                        start_K = cache_ptr + block_K * (BLOCK_SIZE * CACHE_STRIDE) + key_K % BLOCK_SIZE * CACHE_STRIDE
                     if FP8:
                         value_KC = tl.load(
                             start_K.to(tl.pointer_type(tl.float8e4nv))[:, None] + column_C[None, :],
@@ -216,6 +221,52 @@ def _part_kernel(
                             top_X = new_top_X
                         out_XC = out_XC * shrink_X[:, None]
                         out_XC = tl.dot(weight_XK, latent_KC, acc=out_XC, input_precision=PRECISION)
+                    elif SWAP == 4:
+                        if (tile + 1) * BLOCK_K <= seen_by_all:
+                            score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
+                            score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
+                        else:
+                            score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
+                            score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
+                            score_XK = tl.where(key_K[None, :] < limit_X[:, None], score_XK, float("-inf"))
+                        new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
+                        safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
+                        weight_XK = tl.exp2(score_XK - safe_top_X[:, None])
+                        shrink_X = tl.exp2(top_X - safe_top_X)
+                        sum_X = sum_X * shrink_X + tl.sum(weight_XK, axis=1)
+                        top_X = new_top_X
+                        out_XC = out_XC * shrink_X[:, None]
+                        out_XC = tl.dot(weight_XK.to(latent_KC.dtype), latent_KC, acc=out_XC, input_precision=PRECISION)
+                    elif SWAP == 5:
+                        if (tile + 1) * BLOCK_K <= seen_by_all:
+                            score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
+                            score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
+                        else:
+                            score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
+                            score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
+                            score_XK = tl.where(key_K[None, :] < limit_X[:, None], score_XK, float("-inf"))
+                        new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
+                        safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
+                        weight_XK = tl.exp2(score_XK - safe_top_X[:, None])
+                        shrink_X = tl.exp2(top_X - safe_top_X)
+                        sum_X = sum_X * shrink_X + tl.sum(weight_XK, axis=1)
+                        top_X = new_top_X
+                        out_CX = out_CX * shrink_X[None, :]
+                        weight_KX = tl.trans(weight_XK.to(latent_KC.dtype))
+                        out_CX = tl.dot(tl.trans(latent_KC), weight_KX, acc=out_CX, input_precision=PRECISION)
+                    elif SWAP == 6:
+                        score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
+                        score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
+                        score_XK = tl.where(key_K[None, :] < limit_X[:, None], score_XK, float("-inf"))
+                        new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
+                        safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
+                        weight_XK = tl.exp2(score_XK - safe_top_X[:, None])
+                        shrink_X = tl.exp2(top_X - safe_top_X)
+                        sum_XK = sum_XK * shrink_X[:, None] + weight_XK
+                        top_X = new_top_X
+                        out_XC = out_XC * shrink_X[:, None]
+                        weight_XK = weight_XK.to(latent_KC.dtype)
+                        out_XC = tl.dot(weight_XK, latent_KC, acc=out_XC, input_precision=PRECISION)
                     else:
                         score_XK = tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION)
                         score_XK = tl.dot(q_XR, tl.trans(rope_KR), acc=score_XK, input_precision=PRECISION)
@@ -231,7 +282,9 @@ def _part_kernel(
                         out_XC = tl.dot(weight_XK.to(latent_KC.dtype), latent_KC, acc=out_XC, input_precision=PRECISION)
                         top_X = new_top_X
 
-                if SWAP == 1:
+                if SWAP == 6:
+                    sum_X = tl.sum(sum_XK, axis=1)
+                if SWAP == 1 or SWAP == 5:
                     out_XC = tl.trans(out_CX)
                 out_XC = out_XC / tl.where(sum_X == 0.0, 1.0, sum_X)[:, None]
                 if (first == 0) & (last == tiles):
@@ -270,6 +323,7 @@ def _combine_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Joins the partial outputs of one row of a sequence that was cut. An empty sequence gives zeros."""
     sequence = tl.program_id(0) // ROWS
@@ -277,6 +331,8 @@ def _combine_kernel(
     column_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_C = column_C < LATENT
     tiles = _tiles(lengths_ptr, sequence, capacity, sequence < batch, BLOCK_K)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     begin = tl.load(plan_ptr + sequence)
     share = tl.maximum(tl.load(plan_ptr + batch), 1)
     first = begin // share
@@ -390,7 +446,9 @@ def _launch(
         **tile,
     )
     if combine:
-        columns = min(triton.next_power_of_2(latent), 512 if batch * rows >= 1024 else 128)
+        parts = max(4, min(64, triton.next_power_of_2(groups // batch + 2))) if combine < 4 else 4
+        columns = min(triton.next_power_of_2(latent), max(64, 4096 // parts if combine < 4 else 512))
+        early = device.type == "cuda" and combine > 1
         _combine_kernel[(batch * rows, triton.cdiv(latent, columns))](
             part_MC,
             lse_M,
@@ -403,9 +461,11 @@ def _launch(
             ROWS=rows,
             LATENT=latent,
             BLOCK_K=tile["BLOCK_K"],
-            BLOCK_M=max(1, 2048 // columns),
+            BLOCK_M=parts,
             BLOCK_C=columns,
-            num_warps=4,
+            EARLY=early,
+            num_warps=4 if combine != 3 else 2,
+            **({"launch_pdl": True} if early else {}),
         )
     return out_BQHC
 
