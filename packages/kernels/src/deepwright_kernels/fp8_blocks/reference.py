@@ -42,7 +42,7 @@ def quantise_fp8_blocks(
     """Values [N, K] in e4m3 and scales [U, V] in float32, of a stack those of each matrix; or their transposes."""
     blocks_UNVK = _padded_blocks(x_NK.float(), block)
     amax_UV = blocks_UNVK.abs().amax((-3, -1)).clamp(min=SMALLEST_AMAX)
-    scale_UV = amax_UV / E4M3_MAX
+    scale_UV = amax_UV / torch.full_like(amax_UV, E4M3_MAX)  # on a GPU, / 448 multiplies by a rounded inverse
     if power_of_two_scales:
         scale_UV = power_of_two_above(scale_UV)
     scaled_UNVK = blocks_UNVK * (1.0 / scale_UV)[..., :, None, :, None]

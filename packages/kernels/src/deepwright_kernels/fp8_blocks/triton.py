@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fp8_layout import blocks
-from ..fp8_rows.triton import absolute_bits, scale_of, to_e4m3
+from ..fp8_layout import BLOCK, blocks
+from ..fp8_rows.triton import absolute_bits, rows_at_once, scale_of, to_e4m3, tokens_of, transpose
 
 WARPS = 8
 
@@ -26,13 +26,14 @@ def _blocks_kernel(
     x_matrix_stride,
     x_stride,
     TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
 ):
     down, across = tl.cdiv(rows, 128), tl.cdiv(columns, 128)
     matrix = (tl.program_id(0) // (down * across)).to(tl.int64)
     u = tl.program_id(0) // across % down
     v = tl.program_id(0) % across
-    row_N = u * 128 + tl.arange(0, 128)
+    row_N = tokens_of(u, ROWS)
     column_K = v * 128 + tl.arange(0, 128)
     inside_NK = (row_N[:, None] < rows) & (column_K[None, :] < columns)
     x_NK = tl.load(
@@ -45,10 +46,11 @@ def _blocks_kernel(
     values_ptr += matrix * rows * columns
     scale_ptr += matrix * down * across
     if TRANSPOSED:
+        ordered_N = u * 128 + tl.arange(0, 128)
         tl.store(
-            values_ptr + column_K.to(tl.int64)[:, None] * rows + row_N[None, :],
-            tl.trans(values_NK),
-            mask=(column_K[:, None] < columns) & (row_N[None, :] < rows),
+            values_ptr + column_K.to(tl.int64)[:, None] * rows + ordered_N[None, :],
+            transpose(values_NK, ROWS),
+            mask=(column_K[:, None] < columns) & (ordered_N[None, :] < rows),
         )
         tl.store(scale_ptr + v * down + u, scale)
     else:
@@ -81,6 +83,7 @@ def _quantise(x_ENK: Tensor, power_of_two_scales: bool, transposed: bool) -> tup
             x_ENK.stride(0) if x_ENK.ndim == 3 else 0,
             x_ENK.stride(-2),
             TRANSPOSED=transposed,
+            ROWS=rows_at_once(x_ENK, BLOCK, WARPS),
             POWER_OF_TWO=power_of_two_scales,
             num_warps=WARPS,
         )

@@ -23,6 +23,8 @@ from ..fp8_matmul.triton import (
     tiles_of,
 )
 
+STORES = ".cs"  # written once and not read again here: leaves the second-level cache to the operands
+
 
 @triton.jit
 def _kernel(
@@ -38,6 +40,7 @@ def _kernel(
     b_scale_stride,
     TILE_M: tl.constexpr,
     TILES_DOWN: tl.constexpr,
+    STORES: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(rows, TILE_M), tl.cdiv(outputs, 128)
     group = tl.program_id(0) // (tiles_m * tiles_n)
@@ -66,6 +69,7 @@ def _kernel(
         y_ptr + (group.to(tl.int64) * rows + row_M)[:, None] * outputs + column_N[None, :],
         sum_MN.to(y_ptr.dtype.element_ty),
         mask=(row_M[:, None] < rows) & (column_N[None, :] < outputs),
+        cache_modifier=STORES,
     )
 
 
@@ -91,6 +95,7 @@ def _product(
             b_scale_NV.stride(1),
             TILE_M=TILE_M,
             TILES_DOWN=TILES_DOWN,
+            STORES=STORES,
             num_warps=WARPS,
             num_stages=STAGES,
             maxnreg=MOST_REGISTERS,

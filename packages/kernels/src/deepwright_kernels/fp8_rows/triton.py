@@ -1,8 +1,9 @@
 """Quantising activations as Triton kernels, each of which reads every value once.
 
 Along rows, a program takes a few tokens of some blocks of 128 columns; the absolute maximum of a block is found in
-registers. Along columns, a program takes 128 tokens of a block of columns, and the values go through shared memory once
-to be written as rows of the transpose. Both at once is the second kernel with the first one's output as well.
+registers. Along columns, a program takes 128 tokens of some columns, and the values go through shared memory once, as
+bytes already packed along the tokens, to be written as rows of the transpose. Both at once is the second kernel with
+the first one's output as well.
 
 Maxima are taken of the bits of absolute values, as integers: those order as the values do, with infinity above every
 number and NaN above infinity, so what is not finite is never lost.
@@ -18,10 +19,14 @@ from torch import Tensor
 from ..dispatch import interpreted
 from ..fp8_layout import BLOCK, blocks, empty_row_scales, empty_values
 
-ROWS_TOKENS = 32
-ROWS_BLOCKS = 1
-COLUMNS_WIDTH = 128
-COLUMNS_WARPS = 8
+ROWS_TOKENS = 8
+ROWS_BLOCKS = 4
+ROWS_WARPS = 4
+COLUMNS_WIDTH = 64
+COLUMNS_WARPS = 4
+BOTH_TOKENS = 32
+BOTH_WIDTH = 64
+BOTH_WARPS = 4
 
 INTERPRETED = tl.constexpr(interpreted())
 
@@ -61,6 +66,16 @@ def to_e4m3(x):
 
 
 @triton.jit
+def load_tile(x_ptr, token_T, column_K, tokens, columns, stride):
+    """A tile in float32, zeros beyond the last token and column."""
+    return tl.load(
+        x_ptr + token_T.to(tl.int64)[:, None] * stride + column_K[None, :],
+        mask=(token_T[:, None] < tokens) & (column_K[None, :] < columns),
+        other=0.0,
+    ).to(tl.float32)
+
+
+@triton.jit
 def store_rows(
     x_TK,
     token_T,
@@ -94,16 +109,44 @@ def store_rows(
 
 
 @triton.jit
+def tokens_of(block, ROWS: tl.constexpr):
+    """The 128 tokens of a block in an order for which their columns lie side by side in a thread.
+
+    A thread that loads 16 bytes of a row holds the same columns of every ROWS-th row of a tile. So neighbouring tokens
+    are given to rows that are ROWS apart, and what a thread has of a column is a piece of a row of the transpose.
+    """
+    row_T = tl.arange(0, 128)
+    return block * 128 + row_T % ROWS * (128 // ROWS) + row_T // ROWS
+
+
+@triton.jit
+def transpose(values_TK, ROWS: tl.constexpr):
+    """The transpose [K, 128] of a tile whose tokens are in the order of `tokens_of`, in their own order."""
+    WIDTH: tl.constexpr = values_TK.shape[1]
+    values_PRK = tl.reshape(values_TK, (128 // ROWS, ROWS, WIDTH))
+    return tl.reshape(tl.permute(values_PRK, (2, 1, 0)), (WIDTH, 128))
+
+
+@triton.jit
 def store_columns(
-    x_TK, block, column_K, values_ptr, scale_ptr, columns, values_stride, scale_stride, POWER_OF_TWO: tl.constexpr
+    x_TK,
+    block,
+    column_K,
+    values_ptr,
+    scale_ptr,
+    columns,
+    values_stride,
+    scale_stride,
+    ROWS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
 ):
-    """Quantise a float32 tile of 128 tokens, block number `block` of them, along its columns; store the transpose."""
+    """Quantise a float32 tile of the tokens `tokens_of(block, ROWS)` along its columns, and store the transpose."""
     scale_K = scale_of(tl.max(absolute_bits(x_TK), axis=0), POWER_OF_TWO)
     values_TK = to_e4m3(x_TK * tl.div_rn(1.0, scale_K)[None, :])
     token_T = block * 128 + tl.arange(0, 128)
     tl.store(
         values_ptr + column_K.to(tl.int64)[:, None] * values_stride + token_T[None, :],
-        tl.trans(values_TK),
+        transpose(values_TK, ROWS),
         mask=(column_K[:, None] < columns) & (token_T[None, :] < values_stride),
     )
     tl.store(scale_ptr + block * scale_stride + column_K, scale_K, mask=column_K < columns)
@@ -126,13 +169,8 @@ def _rows_kernel(
     across = tl.cdiv(columns, BLOCKS * 128)
     token_T = tl.program_id(0) // across * TOKENS + tl.arange(0, TOKENS)
     column_K = tl.program_id(0) % across * (BLOCKS * 128) + tl.arange(0, BLOCKS * 128)
-    x_TK = tl.load(
-        x_ptr + token_T.to(tl.int64)[:, None] * x_stride + column_K[None, :],
-        mask=(token_T[:, None] < tokens) & (column_K[None, :] < columns),
-        other=0.0,
-    )
     store_rows(
-        x_TK.to(tl.float32),
+        load_tile(x_ptr, token_T, column_K, tokens, columns, x_stride),
         token_T,
         column_K,
         values_ptr,
@@ -159,48 +197,58 @@ def _columns_kernel(
     rows_scale_stride,
     columns_stride,
     columns_scale_stride,
-    ROWS: tl.constexpr,
+    BOTH: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
+    TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    across = tl.cdiv(columns, WIDTH)
+    # A tile of 128 tokens and, with rows, 128 columns, in pieces that leave registers for several programs. What the
+    # rows have brought is then found in the first-level cache.
+    TILE: tl.constexpr = 128 if BOTH else WIDTH
+    across = tl.cdiv(columns, TILE)
     block = tl.program_id(0) // across
-    token_T = block * 128 + tl.arange(0, 128)
-    column_K = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
-    x_TK = tl.load(
-        x_ptr + token_T.to(tl.int64)[:, None] * x_stride + column_K[None, :],
-        mask=(token_T[:, None] < tokens) & (column_K[None, :] < columns),
-        other=0.0,
-    ).to(tl.float32)
-    if ROWS:
-        store_rows(
-            x_TK,
-            token_T,
+    first_K = tl.program_id(0) % across * TILE
+    if BOTH:
+        for start in tl.static_range(0, 128, TOKENS):
+            token_T = block * 128 + start + tl.arange(0, TOKENS)
+            column_K = first_K + tl.arange(0, 128)
+            store_rows(
+                load_tile(x_ptr, token_T, column_K, tokens, columns, x_stride),
+                token_T,
+                column_K,
+                rows_ptr,
+                rows_scale_ptr,
+                tokens,
+                columns,
+                rows_stride,
+                rows_scale_stride,
+                POWER_OF_TWO,
+            )
+    for start in tl.static_range(0, TILE, WIDTH):
+        column_K = first_K + start + tl.arange(0, WIDTH)
+        store_columns(
+            load_tile(x_ptr, tokens_of(block, ROWS), column_K, tokens, columns, x_stride),
+            block,
             column_K,
-            rows_ptr,
-            rows_scale_ptr,
-            tokens,
+            columns_ptr,
+            columns_scale_ptr,
             columns,
-            rows_stride,
-            rows_scale_stride,
+            columns_stride,
+            columns_scale_stride,
+            ROWS,
             POWER_OF_TWO,
         )
-    store_columns(
-        x_TK,
-        block,
-        column_K,
-        columns_ptr,
-        columns_scale_ptr,
-        columns,
-        columns_stride,
-        columns_scale_stride,
-        POWER_OF_TWO,
-    )
 
 
 def side_by_side(x_TK: Tensor) -> Tensor:
     """x with the values of a row side by side; a copy only when it has to be one."""
     return x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
+
+
+def rows_at_once(x_TK: Tensor, width: int, warps: int) -> int:
+    """How many rows of a tile so many warps load at once, with 16 bytes for each thread."""
+    return max(1, warps * 32 * 16 // (width * x_TK.element_size()))
 
 
 def empty_rows(tokens: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -226,7 +274,7 @@ def _rows(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
             POWER_OF_TWO=power_of_two_scales,
             TOKENS=ROWS_TOKENS,
             BLOCKS=ROWS_BLOCKS,
-            num_warps=4,
+            num_warps=ROWS_WARPS,
         )
     return values_TK, scale_TV
 
@@ -246,7 +294,8 @@ def _along_columns(
     tokens, width = x_TK.shape
     values_TK, scale_TV = rows or columns
     values_KT, scale_KU = columns
-    _columns_kernel[(blocks(tokens) * triton.cdiv(width, COLUMNS_WIDTH),)](
+    piece, warps = (BOTH_WIDTH, BOTH_WARPS) if rows else (COLUMNS_WIDTH, COLUMNS_WARPS)
+    _columns_kernel[(blocks(tokens) * triton.cdiv(width, BLOCK if rows else piece),)](
         x_TK,
         values_TK,
         scale_TV,
@@ -259,10 +308,12 @@ def _along_columns(
         scale_TV.stride(1),
         values_KT.stride(0),
         scale_KU.stride(1),
-        ROWS=rows is not None,
+        BOTH=rows is not None,
         POWER_OF_TWO=power_of_two_scales,
-        WIDTH=COLUMNS_WIDTH,
-        num_warps=COLUMNS_WARPS,
+        TOKENS=BOTH_TOKENS,
+        WIDTH=piece,
+        ROWS=rows_at_once(x_TK, piece, warps),
+        num_warps=warps,
     )
 
 

@@ -16,25 +16,21 @@ from torch import Tensor
 from ..fp8_layout import BLOCK, blocks
 from ..fp8_rows.triton import (
     empty_rows,
+    load_tile,
     quantise_fp8_columns,
     quantise_fp8_rows_and_columns,
+    rows_at_once,
     side_by_side,
     store_columns,
     store_rows,
+    tokens_of,
 )
 from .reference import swiglu_gradients
 
 FORWARD_TOKENS = 16
-BACKWARD_WARPS = 16
-
-
-@triton.jit
-def _load(ptr, token_T, column_K, tokens, columns, stride):
-    return tl.load(
-        ptr + token_T.to(tl.int64)[:, None] * stride + column_K[None, :],
-        mask=(token_T[:, None] < tokens) & (column_K[None, :] < columns),
-        other=0.0,
-    ).to(tl.float32)
+BACKWARD_TOKENS = 16
+BACKWARD_WIDTH = 64
+BACKWARD_WARPS = 4
 
 
 @triton.jit
@@ -53,8 +49,8 @@ def _forward_kernel(
     across = tl.cdiv(hidden, 128)
     token_T = tl.program_id(0) // across * TOKENS + tl.arange(0, TOKENS)
     column_I = tl.program_id(0) % across * 128 + tl.arange(0, 128)
-    gate_TI = _load(gate_up_ptr, token_T, column_I, tokens, hidden, gate_up_stride)
-    up_TI = _load(gate_up_ptr + hidden, token_T, column_I, tokens, hidden, gate_up_stride)
+    gate_TI = load_tile(gate_up_ptr, token_T, column_I, tokens, hidden, gate_up_stride)
+    up_TI = load_tile(gate_up_ptr + hidden, token_T, column_I, tokens, hidden, gate_up_stride)
     hidden_TI = gate_TI * tl.sigmoid(gate_TI) * up_TI
     store_rows(
         hidden_TI,
@@ -68,6 +64,13 @@ def _forward_kernel(
         scale_stride,
         POWER_OF_TWO,
     )
+
+
+@triton.jit
+def gradient_of_gate(grad_TI, gate_TI, up_TI):
+    """dh · u · σ(g) · (1 + g · (1 − σ(g)))."""
+    sigmoid_TI = tl.sigmoid(gate_TI)
+    return grad_TI * up_TI * sigmoid_TI * (1.0 + gate_TI * (1.0 - sigmoid_TI))
 
 
 @triton.jit
@@ -90,74 +93,93 @@ def _backward_kernel(
     columns_scale_stride,
     hidden_scale_stride,
     POWER_OF_TWO: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     # h = silu(g) · u; given dh: du = dh · silu(g) and dg = dh · u · σ(g) · (1 + g · (1 − σ(g))).
+    # A tile of 128 x 128 in pieces; what the rows have brought is then found in the first-level cache.
     across = hidden // 128
     block = tl.program_id(0) // across
-    token_T = block * 128 + tl.arange(0, 128)
-    gate_I = tl.program_id(0) % across * 128 + tl.arange(0, 128)
-    up_I = gate_I + hidden
+    first_I = tl.program_id(0) % across * 128
     both = 2 * hidden
-    # Each part loads what it needs again, from the first-level cache: all of it does not fit into the registers.
-    gate_TI = _load(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
-    up_TI = _load(gate_up_ptr + hidden, token_T, gate_I, tokens, hidden, gate_up_stride)
-    store_columns(
-        gate_TI * tl.sigmoid(gate_TI) * up_TI,
-        block,
-        gate_I,
-        hidden_ptr,
-        hidden_scale_ptr,
-        hidden,
-        columns_stride,
-        hidden_scale_stride,
-        POWER_OF_TWO,
-    )
-    grad_TI = _load(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
-    gate_TI = _load(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
-    grad_up_TI = grad_TI * gate_TI * tl.sigmoid(gate_TI)
-    store_rows(
-        grad_up_TI, token_T, up_I, rows_ptr, rows_scale_ptr, tokens, both, rows_stride, rows_scale_stride, POWER_OF_TWO
-    )
-    store_columns(
-        grad_up_TI,
-        block,
-        up_I,
-        columns_ptr,
-        columns_scale_ptr,
-        both,
-        columns_stride,
-        columns_scale_stride,
-        POWER_OF_TWO,
-    )
-    grad_TI = _load(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
-    up_TI = _load(gate_up_ptr + hidden, token_T, gate_I, tokens, hidden, gate_up_stride)
-    grad_TI = grad_TI * up_TI
-    gate_TI = _load(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
-    sigmoid_TI = tl.sigmoid(gate_TI)
-    grad_gate_TI = grad_TI * sigmoid_TI * (1.0 + gate_TI * (1.0 - sigmoid_TI))
-    store_rows(
-        grad_gate_TI,
-        token_T,
-        gate_I,
-        rows_ptr,
-        rows_scale_ptr,
-        tokens,
-        both,
-        rows_stride,
-        rows_scale_stride,
-        POWER_OF_TWO,
-    )
-    store_columns(
-        grad_gate_TI,
-        block,
-        gate_I,
-        columns_ptr,
-        columns_scale_ptr,
-        both,
-        columns_stride,
-        columns_scale_stride,
-        POWER_OF_TWO,
-    )
+    up_ptr = gate_up_ptr + hidden
+    for start in tl.static_range(0, 128, TOKENS):
+        token_T = block * 128 + start + tl.arange(0, TOKENS)
+        gate_I = first_I + tl.arange(0, 128)
+        grad_TI = load_tile(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
+        gate_TI = load_tile(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+        up_TI = load_tile(up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+        store_rows(
+            gradient_of_gate(grad_TI, gate_TI, up_TI),
+            token_T,
+            gate_I,
+            rows_ptr,
+            rows_scale_ptr,
+            tokens,
+            both,
+            rows_stride,
+            rows_scale_stride,
+            POWER_OF_TWO,
+        )
+        store_rows(
+            grad_TI * gate_TI * tl.sigmoid(gate_TI),
+            token_T,
+            gate_I + hidden,
+            rows_ptr,
+            rows_scale_ptr,
+            tokens,
+            both,
+            rows_stride,
+            rows_scale_stride,
+            POWER_OF_TWO,
+        )
+    token_T = tokens_of(block, ROWS)
+    for start in tl.static_range(0, 128, WIDTH):
+        gate_I = first_I + start + tl.arange(0, WIDTH)
+        gate_TI = load_tile(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+        up_TI = load_tile(up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+        store_columns(
+            gate_TI * tl.sigmoid(gate_TI) * up_TI,
+            block,
+            gate_I,
+            hidden_ptr,
+            hidden_scale_ptr,
+            hidden,
+            columns_stride,
+            hidden_scale_stride,
+            ROWS,
+            POWER_OF_TWO,
+        )
+        grad_TI = load_tile(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
+        gate_TI = load_tile(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+        store_columns(
+            grad_TI * gate_TI * tl.sigmoid(gate_TI),
+            block,
+            gate_I + hidden,
+            columns_ptr,
+            columns_scale_ptr,
+            both,
+            columns_stride,
+            columns_scale_stride,
+            ROWS,
+            POWER_OF_TWO,
+        )
+        grad_TI = load_tile(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
+        gate_TI = load_tile(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+        up_TI = load_tile(up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+        store_columns(
+            gradient_of_gate(grad_TI, gate_TI, up_TI),
+            block,
+            gate_I,
+            columns_ptr,
+            columns_scale_ptr,
+            both,
+            columns_stride,
+            columns_scale_stride,
+            ROWS,
+            POWER_OF_TWO,
+        )
 
 
 @torch.library.custom_op("deepwright::swiglu_quantise_fp8", mutates_args=())
@@ -219,6 +241,9 @@ def _backward(
             columns_scale.stride(1),
             hidden_scale.stride(1),
             POWER_OF_TWO=power_of_two_scales,
+            TOKENS=BACKWARD_TOKENS,
+            WIDTH=BACKWARD_WIDTH,
+            ROWS=rows_at_once(gate_up_TJ, BACKWARD_WIDTH, BACKWARD_WARPS),
             num_warps=BACKWARD_WARPS,
         )
     return outputs
