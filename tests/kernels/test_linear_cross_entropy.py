@@ -1,11 +1,13 @@
 """The chunked loss against torch's own, against finite differences, and against its promise to hold no full logits."""
 
+import importlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deepwright_kernels import dispatch, linear_cross_entropy
+from deepwright_kernels import dispatch, linear_cross_entropy, weighted_linear_cross_entropy
 
 BACKENDS = ["reference", "torch"]
 
@@ -125,8 +127,67 @@ def test_never_holds_all_logits(backend: str, holds_logits: bool) -> None:
         assert largest.values <= max(chunk * vocabulary, tokens * 4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (13, 7), (20, 33), (0, 5)])
+def test_a_weighted_sum_against_torch(
+    backend: str, tokens: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked = importlib.import_module("deepwright_kernels.linear_cross_entropy.chunked")
+    monkeypatch.setattr(chunked, "chunk_tokens", lambda *_: 6)
+    hidden_TD, weight_VD, targets_T = sample(tokens, 6, vocabulary)
+    token_weights_T = torch.randn(tokens, dtype=torch.float64, requires_grad=True)
+    loss = dispatch.load("weighted_linear_cross_entropy", backend)(
+        hidden_TD, weight_VD, targets_T, token_weights_T.detach(), -100, 0.7
+    )
+    gradients = torch.autograd.grad(3 * loss, (hidden_TD, weight_VD))
+
+    logits_TV = hidden_TD @ weight_VD.T / 0.7
+    losses_T = torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="none", ignore_index=-100)
+    expected = (losses_T * token_weights_T.detach()).sum()
+    torch.testing.assert_close(loss, expected)
+    for have, want in zip(gradients, torch.autograd.grad(3 * expected, (hidden_TD, weight_VD)), strict=True):
+        torch.testing.assert_close(have, want)
+
+
+def test_a_weighted_sum_is_that_of_the_losses_whatever_is_asked_for() -> None:
+    hidden_TD, weight_VD, targets_T = sample(9, 4, 11, torch.float32)
+    token_weights_T = torch.rand(9)
+    (losses_T, _) = linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+    both = torch.autograd.grad((losses_T * token_weights_T).sum(), (hidden_TD, weight_VD))
+    with torch.no_grad():
+        loss = weighted_linear_cross_entropy(hidden_TD, weight_VD, targets_T, token_weights_T)
+    torch.testing.assert_close(loss, (losses_T * token_weights_T).sum().detach())
+    assert not loss.requires_grad
+    frozen = weighted_linear_cross_entropy(hidden_TD, weight_VD.detach(), targets_T, token_weights_T)
+    torch.testing.assert_close(torch.autograd.grad(frozen, hidden_TD)[0], both[0])
+    alone = weighted_linear_cross_entropy(hidden_TD.detach(), weight_VD, targets_T, token_weights_T)
+    torch.testing.assert_close(torch.autograd.grad(alone, weight_VD)[0], both[1])
+
+
+def test_a_weighted_sum_has_one_backward_pass_and_says_so() -> None:
+    hidden_TD, weight_VD, targets_T = sample(9, 4, 11)
+    loss = weighted_linear_cross_entropy(hidden_TD, weight_VD, targets_T, torch.ones(9, requires_grad=True))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_weighted_sum_follows_autocast() -> None:
+    hidden_TD, weight_VD, targets_T = sample(16, 32, 64, torch.float32)
+    token_weights_T = torch.full((16,), 0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = weighted_linear_cross_entropy(hidden_TD, weight_VD, targets_T, token_weights_T)
+    narrow = weighted_linear_cross_entropy(hidden_TD.bfloat16(), weight_VD.bfloat16(), targets_T, token_weights_T)
+    assert torch.equal(loss, narrow) and loss.dtype == torch.float32
+    assert [t.dtype for t in torch.autograd.grad(loss, (hidden_TD, weight_VD))] == [torch.float32] * 2
+
+
 def test_errors_name_the_argument() -> None:
     hidden_TD, weight_VD, targets_T = sample(6, 3, 5)
+    with pytest.raises(ValueError, match=r"weighted_linear_cross_entropy: token_weights_T has shape \[5\]"):
+        weighted_linear_cross_entropy(hidden_TD, weight_VD, targets_T, torch.ones(5))
+    with pytest.raises(TypeError, match="token_weights_T is int64"):
+        weighted_linear_cross_entropy(hidden_TD, weight_VD, targets_T, torch.ones(6, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"weight_VD has shape \[5, 2\]; expected \[V, D\] = \[any, 3\]"):
         linear_cross_entropy(hidden_TD, weight_VD[:, :2], targets_T)
     with pytest.raises(ValueError, match=r"targets_T has shape \[5\]"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepwright_kernels import dispatch, linear_cross_entropy
+from deepwright_kernels import dispatch, linear_cross_entropy, weighted_linear_cross_entropy
 
 from .sides import DEVICE, OPCHECKS, TOLERANCE, draw
 
@@ -81,10 +81,10 @@ def test_a_weight_in_float32_beside_hidden_states_in_bfloat16(tokens: int) -> No
 @pytest.mark.usefixtures("narrow_slices")
 def test_huge_logits() -> None:
     hidden_TD, weight_VD, targets_T = sample(16, 6, 70)
-    hidden_TD = (hidden_TD.detach() * 1e4).requires_grad_()
-    loss_T, entropy_T, *gradients = agree((hidden_TD, weight_VD, targets_T), {"rtol": 1e-3, "atol": 1e-3})
-    for tensor in (loss_T, entropy_T, *gradients):
-        assert torch.isfinite(tensor).all()
+    arguments = ((hidden_TD.detach() * 1e4).requires_grad_(), weight_VD, targets_T)
+    have, want = (results(dispatch.load(NAME, backend), *arguments) for backend in ("triton", "reference"))
+    for a, b in zip(have, want, strict=True):
+        assert torch.isfinite(a).all() and (a - b).norm() <= 1e-3 * b.norm() + 1e-3
 
 
 @pytest.mark.usefixtures("narrow_slices")
@@ -141,6 +141,78 @@ def test_compiled_whole() -> None:
     def mean(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
         loss_T, entropy_T = linear_cross_entropy(hidden_TD * 2, weight_VD, targets_T)
         return loss_T.mean() + entropy_T.sum()
+
+    compiled = torch.compile(mean, fullgraph=True, backend="aot_eager")
+    leaves = (hidden_TD, weight_VD)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(mean(*leaves), leaves)
+    )
+
+
+@pytest.fixture
+def narrow_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer for the logits of 8 tokens over 70 words in float32."""
+    triton = importlib.import_module("deepwright_kernels.linear_cross_entropy.weighted_triton")
+    monkeypatch.setattr(triton, "BUFFER_BYTES", 8 * 70 * 4)
+    monkeypatch.setattr(triton, "TOKENS_MULTIPLE", 8)
+
+
+def weighted(backend: str, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *rest) -> tuple[Tensor, ...]:
+    """(loss, gradients) with another weight for each token, and a factor that comes with the backward pass."""
+    token_weights_T = torch.linspace(-1, 2, len(targets_T), device=DEVICE)
+    loss = dispatch.load("weighted_linear_cross_entropy", backend)(
+        hidden_TD, weight_VD, targets_T, token_weights_T, IGNORED, *rest
+    )
+    return loss.detach(), *torch.autograd.grad(3 * loss, (hidden_TD, weight_VD))
+
+
+@pytest.mark.usefixtures("narrow_blocks")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(13, 70), (21, 33), (1, 1), (0, 5)])
+def test_a_weighted_sum(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
+    arguments = sample(tokens, 12, vocabulary, dtype)
+    for a, b in zip(weighted("triton", *arguments, 0.7), weighted("reference", *arguments, 0.7), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, **TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("narrow_blocks")
+def test_a_weighted_sum_with_a_weight_in_float32_and_huge_logits() -> None:
+    hidden_TD, weight_VD, targets_T = sample(20, 16, 50)
+    arguments = ((hidden_TD.detach() * 300).bfloat16().requires_grad_(), weight_VD, targets_T)
+    have, want = weighted("triton", *arguments), weighted("reference", *arguments)
+    assert (have[1].dtype, have[2].dtype) == (torch.bfloat16, torch.float32)
+    for a, b in zip(have, want, strict=True):
+        assert torch.isfinite(a).all() and (a - b).norm() <= 0.02 * b.norm()
+    for a, b in zip(have, weighted("triton", *arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_weighted_sum_without_gradients_or_with_one() -> None:
+    hidden_TD, weight_VD, targets_T = sample(9, 6, 40)
+    token_weights_T = torch.rand(9, device=DEVICE)
+
+    def loss(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        return weighted_linear_cross_entropy(hidden_TD, weight_VD, targets_T, token_weights_T)
+
+    both = torch.autograd.grad(loss(hidden_TD, weight_VD), (hidden_TD, weight_VD))
+    torch.testing.assert_close(torch.autograd.grad(loss(hidden_TD, weight_VD.detach()), hidden_TD)[0], both[0])
+    torch.testing.assert_close(torch.autograd.grad(loss(hidden_TD.detach(), weight_VD), weight_VD)[0], both[1])
+    with torch.no_grad():
+        torch.testing.assert_close(loss(hidden_TD, weight_VD), loss(hidden_TD.detach().requires_grad_(), weight_VD))
+
+
+def test_a_weighted_sum_is_registered_and_compiled_whole() -> None:
+    hidden_TD, weight_VD, targets_T = sample(9, 6, 40)
+    token_weights_T = torch.rand(9, device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.deepwright.weighted_linear_cross_entropy,
+        (hidden_TD.detach(), weight_VD.detach(), targets_T, token_weights_T, IGNORED, 0.9, True, False),
+        test_utils=OPCHECKS,
+    )
+
+    def mean(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        return weighted_linear_cross_entropy(hidden_TD * 2, weight_VD, targets_T, token_weights_T) * 3
 
     compiled = torch.compile(mean, fullgraph=True, backend="aot_eager")
     leaves = (hidden_TD, weight_VD)

@@ -13,7 +13,7 @@ from .fp8_swiglu import swiglu_backward_quantise_fp8, swiglu_quantise_fp8
 from .grouped_linear import grouped_linear
 from .grouped_swiglu import grouped_swiglu
 from .latent_cache_write import latent_cache_write
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import linear_cross_entropy, weighted_linear_cross_entropy
 from .mla_paged_decode import mla_paged_decode
 from .newton_schulz import newton_schulz
 from .packed_attention import packed_attention
@@ -61,4 +61,5 @@ __all__ = [
     "swiglu_backward_quantise_fp8",
     "swiglu_quantise_fp8",
     "unpermute",
+    "weighted_linear_cross_entropy",
 ]

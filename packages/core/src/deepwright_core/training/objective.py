@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepwright_kernels import linear_cross_entropy
+from deepwright_kernels import weighted_linear_cross_entropy
 
 from ..model.record import ForwardRecord
 from ..model.transformer import Transformer
@@ -48,11 +48,11 @@ def targets_at(tokens_BS1: Tensor, segments_BS1: Tensor | None, trained_BS1: Ten
 
 def mean_loss(model: Transformer, hidden_BSD: Tensor, targets_BS: Tensor, count: Tensor | None = None) -> Tensor:
     """Cross-entropy of a hidden against its targets, over `count` tokens (default: those not ignored); 0 if none."""
-    loss_T, _ = linear_cross_entropy(
-        hidden_BSD.flatten(0, 1), model.head.weight, targets_BS.flatten(), ignore_index=IGNORED
-    )
     count = (targets_BS != IGNORED).sum() if count is None else count
-    return loss_T.sum() / count.clamp(min=1e-9)  # a micro-batch's share of a count may lie below 1
+    share = 1 / count.clamp(min=1e-9).to(torch.float32)  # a micro-batch's share of a count may lie below 1
+    return weighted_linear_cross_entropy(
+        hidden_BSD.flatten(0, 1), model.head.weight, targets_BS.flatten(), share.expand(targets_BS.numel()), IGNORED
+    )
 
 
 def count_targets(

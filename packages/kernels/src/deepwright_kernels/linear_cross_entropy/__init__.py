@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head: per-token loss and entropy without holding all logits."""
+"""Cross-entropy of a linear head: per-token loss and entropy, or a weighted sum, without holding all logits."""
 
 from __future__ import annotations
 
@@ -8,17 +8,31 @@ from torch import Tensor
 from .. import dispatch
 from ..arguments import FLOATS, in_autocast_dtype, require, require_device, require_dtype, require_shape
 
-NAME = "linear_cross_entropy"
-dispatch.operator(
-    NAME,
-    {
-        "reference": f"{__name__}.reference:linear_cross_entropy",
-        "torch": f"{__name__}.chunked:linear_cross_entropy",
-        "triton": f"{__name__}.triton:linear_cross_entropy",
-    },
-    cuda=("triton", "torch"),
-    elsewhere=("torch",),
-)
+NAME, WEIGHTED = "linear_cross_entropy", "weighted_linear_cross_entropy"
+for name, kernels in ((NAME, "triton"), (WEIGHTED, "weighted_triton")):
+    dispatch.operator(
+        name,
+        {
+            "reference": f"{__name__}.reference:{name}",
+            "torch": f"{__name__}.chunked:{name}",
+            "triton": f"{__name__}.{kernels}:{name}",
+        },
+        cuda=("triton", "torch"),
+        elsewhere=("torch",),
+    )
+
+
+def _check(operator: str, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float) -> None:
+    require_shape(operator, "hidden_TD", hidden_TD, (None, None), "[T, D]")
+    require_dtype(operator, "hidden_TD", hidden_TD, FLOATS)
+    require_shape(operator, "weight_VD", weight_VD, (None, hidden_TD.shape[1]), "[V, D]")
+    require_dtype(operator, "weight_VD", weight_VD, FLOATS)
+    require_shape(operator, "targets_T", targets_T, (hidden_TD.shape[0],), "[T]")
+    require_dtype(operator, "targets_T", targets_T, (torch.int64,))
+    require_device(operator, "weight_VD", weight_VD, hidden_TD.device)
+    require_device(operator, "targets_T", targets_T, hidden_TD.device)
+    require(weight_VD.shape[0] > 0, operator, "weight_VD", "has no rows; expected one for each word of the vocabulary")
+    require(temperature > 0, operator, "temperature", f"is {temperature}; expected a positive number")
 
 
 def linear_cross_entropy(
@@ -37,16 +51,33 @@ def linear_cross_entropy(
     a time (None: chosen by device).
     """
     (hidden_TD,) = in_autocast_dtype(hidden_TD)
-    require_shape(NAME, "hidden_TD", hidden_TD, (None, None), "[T, D]")
-    require_dtype(NAME, "hidden_TD", hidden_TD, FLOATS)
-    require_shape(NAME, "weight_VD", weight_VD, (None, hidden_TD.shape[1]), "[V, D]")
-    require_dtype(NAME, "weight_VD", weight_VD, FLOATS)
-    require_shape(NAME, "targets_T", targets_T, (hidden_TD.shape[0],), "[T]")
-    require_dtype(NAME, "targets_T", targets_T, (torch.int64,))
-    require_device(NAME, "weight_VD", weight_VD, hidden_TD.device)
-    require_device(NAME, "targets_T", targets_T, hidden_TD.device)
-    require(weight_VD.shape[0] > 0, NAME, "weight_VD", "has no rows; expected one for each word of the vocabulary")
+    _check(NAME, hidden_TD, weight_VD, targets_T, temperature)
     require(chunk is None or chunk > 0, NAME, "chunk", f"is {chunk}; expected a positive number of tokens or None")
-    require(temperature > 0, NAME, "temperature", f"is {temperature}; expected a positive number")
     loss_T, entropy_T = dispatch.run(NAME, hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
     return loss_T, entropy_T
+
+
+def weighted_linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    token_weights_T: Tensor,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Σ_t token_weight_t · loss_t over the tokens whose target is not `ignore_index`, a float32 number.
+
+    Arguments as for `linear_cross_entropy`; token_weights_T [T] in any float dtype, 1/T for a mean. Because the weights
+    are known beforehand, the gradients for hidden and weight are made with the loss, from logits that are computed
+    once: three products where `linear_cross_entropy` needs four. Only one backward pass can be made. The token weights
+    get no gradient.
+    """
+    (hidden_TD,) = in_autocast_dtype(hidden_TD)
+    _check(WEIGHTED, hidden_TD, weight_VD, targets_T, temperature)
+    require_shape(WEIGHTED, "token_weights_T", token_weights_T, (hidden_TD.shape[0],), "[T]")
+    require_dtype(WEIGHTED, "token_weights_T", token_weights_T, FLOATS)
+    require_device(WEIGHTED, "token_weights_T", token_weights_T, hidden_TD.device)
+    loss: Tensor = dispatch.run(
+        WEIGHTED, hidden_TD, weight_VD, targets_T, token_weights_T.detach(), ignore_index, temperature
+    )
+    return loss

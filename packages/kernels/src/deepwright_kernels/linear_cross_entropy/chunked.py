@@ -81,17 +81,76 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_KV = _logits(hidden_KD, weight_VD, ctx.temperature, wide)
             grad_KV.sub_(partition_T[part, None]).exp_().mul_(scale_K1)
             grad_KV.scatter_add_(-1, safe_T[part, None], -scale_K1)
-            grad_narrow_KV = grad_KV.to(hidden_TD.dtype)
-            if grad_hidden_TD is not None:
-                torch.mm(grad_narrow_KV, weight_VD, out=grad_hidden_TD[part])
-            if grad_weight_VD is not None:
-                if hidden_TD.dtype == wide:
-                    grad_weight_VD.addmm_(grad_narrow_KV.T, hidden_KD)
-                else:
-                    grad_weight_VD += grad_narrow_KV.T @ hidden_KD
+            _products(grad_KV.to(hidden_TD.dtype), hidden_KD, weight_VD, grad_hidden_TD, part, grad_weight_VD)
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(ctx.weight_dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None, None
+
+
+class _WeightedLinearCrossEntropy(torch.autograd.Function):
+    """The weight of each token is known, so the gradients are made beside the loss: logits are computed once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        token_weights_T: Tensor,
+        ignore_index: int,
+        chunk: int,
+        temperature: float,
+    ) -> Tensor:
+        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        narrow_VD = weight_VD.to(hidden_TD.dtype)
+        ignored_T = targets_T == ignore_index
+        safe_T = targets_T.masked_fill(ignored_T, 0)
+        token_weights_T = token_weights_T.to(wide).masked_fill(ignored_T, 0.0)
+        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        loss = hidden_TD.new_zeros((), dtype=wide)
+        for start in range(0, hidden_TD.shape[0], chunk):
+            part = slice(start, start + chunk)
+            hidden_KD, weights_K, target_K1 = hidden_TD[part], token_weights_T[part], safe_T[part, None]
+            logits_KV = _logits(hidden_KD, narrow_VD, temperature, wide)
+            partition_K1 = logits_KV.logsumexp(-1, keepdim=True)
+            loss += (partition_K1 - logits_KV.gather(-1, target_K1))[:, 0] @ weights_K
+            if not (needs_hidden or needs_weight):
+                continue
+            scale_K1 = weights_K[:, None] / temperature
+            grad_KV = logits_KV.sub_(partition_K1).exp_().mul_(scale_K1)
+            grad_KV.scatter_add_(-1, target_K1, -scale_K1)
+            _products(grad_KV.to(hidden_TD.dtype), hidden_KD, narrow_VD, grad_hidden_TD, part, grad_weight_VD)
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: another gradient of the weight's size would be the largest tensor of all. A second backward pass
+        # is refused by autograd, which sees that what was saved has changed.
+        scaled = [None if gradient is None else gradient.mul_(grad) for gradient in ctx.saved_tensors]
+        return *scaled, None, None, None, None, None
+
+
+def _products(
+    grad_KV: Tensor,
+    hidden_KD: Tensor,
+    weight_VD: Tensor,
+    grad_hidden_TD: Tensor | None,
+    part: slice,
+    grad_weight_VD: Tensor | None,
+) -> None:
+    """The gradient of a chunk's logits to those of its hidden states and, added up, of the weight."""
+    if grad_hidden_TD is not None:
+        torch.mm(grad_KV, weight_VD, out=grad_hidden_TD[part])
+    if grad_weight_VD is not None:
+        if grad_KV.dtype == grad_weight_VD.dtype:
+            grad_weight_VD.addmm_(grad_KV.T, hidden_KD)
+        else:
+            grad_weight_VD += grad_KV.T @ hidden_KD
 
 
 def _logits(hidden_KD: Tensor, weight_VD: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
@@ -127,3 +186,23 @@ def linear_cross_entropy(
     loss_K, entropy_K = _apply(hidden_TD[kept_K], weight_VD, targets_T[kept_K], ignore_index, chunk, temperature)
     loss_T = loss_K.new_zeros(tokens).index_copy(0, kept_K, loss_K)
     return loss_T, entropy_K.new_zeros(tokens).index_copy(0, kept_K, entropy_K)
+
+
+def weighted_linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    token_weights_T: Tensor,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Σ_t token_weight_t · loss_t; see the operator's docstring."""
+    chunk = chunk_tokens(weight_VD.shape[0], hidden_TD.device)
+    if hidden_TD.device.type == "cpu":
+        kept_K = (targets_T != ignore_index).nonzero()[:, 0]
+        if kept_K.numel() < targets_T.numel():
+            hidden_TD, targets_T, token_weights_T = hidden_TD[kept_K], targets_T[kept_K], token_weights_T[kept_K]
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        return _WeightedLinearCrossEntropy.apply(
+            hidden_TD, weight_VD, targets_T, token_weights_T, ignore_index, chunk, temperature
+        )

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, in plain torch: all logits at once. The specification of `chunked.py`.
+"""Cross-entropy of a linear head, in plain torch: all logits at once. The specification.
 
 Shapes: T tokens, D hidden size, V vocabulary.
 """
@@ -25,3 +25,16 @@ def linear_cross_entropy(
     loss_T = -logp_TV.gather(-1, targets_T.masked_fill(ignored_T, 0)[:, None])[:, 0]
     entropy_T = -(logp_TV.exp() * logp_TV).sum(-1).detach()
     return loss_T.masked_fill(ignored_T, 0.0), entropy_T.masked_fill(ignored_T, 0.0)
+
+
+def weighted_linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    token_weights_T: Tensor,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Σ_t token_weight_t · loss_t."""
+    loss_T, _ = linear_cross_entropy(hidden_TD, weight_VD, targets_T, ignore_index, None, temperature)
+    return (loss_T * token_weights_T.detach()).sum()
