@@ -224,7 +224,8 @@ def _installed(module: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _capability(index: int) -> tuple[int, int]:
+def capability(index: int) -> tuple[int, int]:
+    """The compute capability of a CUDA device, a constant for torch.compile."""
     return torch.cuda.get_device_capability(index)
 
 
@@ -262,11 +263,11 @@ def _why_not_cuda(tensor: Tensor) -> str | None:
         return f"the tensor is on {tensor.device.type}; its kernels are for Hopper GPUs (compute capability 9.0)"
     if torch.version.hip is not None:
         return "this is a ROCm build of torch; its kernels are for Hopper GPUs (compute capability 9.0)"
-    if not _installed("cuda"):
+    if not (_installed("cuda") and _installed("cuda.bindings")):
         return "the package cuda-bindings is not installed, which compiles and starts its kernels"
-    capability = _capability(tensor.device.index or 0)
-    if capability != (9, 0):
-        return "the device has compute capability {}.{}; its kernels are for 9.0 (Hopper)".format(*capability)
+    present = capability(tensor.device.index or 0)
+    if present != (9, 0):
+        return "the device has compute capability {}.{}; its kernels are for 9.0 (Hopper)".format(*present)
     return None
 
 

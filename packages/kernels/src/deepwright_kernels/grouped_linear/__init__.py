@@ -9,14 +9,40 @@ from .. import dispatch
 from ..arguments import FLOATS, in_autocast_dtype, require_device, require_dtype, require_shape
 
 NAME = "grouped_linear"
+# What a kernel's tiles take of a processor's shared memory is there on data centre GPUs from Hopper on.
+GENERATIONS = (9, 10)
+MULTIPLE = 8
+
+
+def why_not_tiles(x_TK: Tensor, weight_ENK: Tensor, *_: object) -> str | None:
+    """Why the Triton kernels cannot multiply these, or None."""
+    if x_TK.device.type != "cuda":
+        return None
+    if torch.version.hip is not None or dispatch.capability(x_TK.device.index or 0)[0] not in GENERATIONS:
+        return "its tiles need the shared memory of a Hopper or Blackwell GPU (compute capability 9 or 10)"
+    if x_TK.dtype not in (torch.bfloat16, torch.float16):
+        return "it multiplies 16-bit numbers and the tensors are float32"
+    if x_TK.shape[1] % MULTIPLE or weight_ENK.shape[1] % MULTIPLE:
+        return f"rows must begin at multiples of 16 bytes: the sizes have to be multiples of {MULTIPLE}"
+    return None
+
+
+def _order(x_TK: Tensor, weight_ENK: Tensor | None = None, *_: object) -> tuple[str, ...]:
+    if weight_ENK is None or why_not_tiles(x_TK, weight_ENK) is None:
+        return "triton", "torch", "reference"
+    return "torch", "reference"
+
+
 dispatch.operator(
     NAME,
     {
         "reference": f"{__name__}.reference:grouped_linear",
+        "triton": f"{__name__}.triton:grouped_linear",
         "torch": f"{__name__}.grouped_mm:grouped_linear",
     },
-    cuda=("torch", "reference"),
+    cuda=_order,
     elsewhere=("torch", "reference"),
+    needs={"triton": why_not_tiles},
 )
 
 

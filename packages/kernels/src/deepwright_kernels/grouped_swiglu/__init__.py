@@ -6,17 +6,28 @@ from torch import Tensor
 
 from .. import dispatch
 from ..arguments import FLOATS, in_autocast_dtype, require, require_device, require_dtype, require_shape
+from ..grouped_linear import why_not_tiles
 from ..token_permutation import ExpertOrder
 
 NAME = "grouped_swiglu"
+
+
+def _order(x_TD: Tensor, gate_up_EID: Tensor | None = None, *_: object) -> tuple[str, ...]:
+    if gate_up_EID is None or why_not_tiles(x_TD, gate_up_EID) is None:
+        return "triton", "torch", "reference"
+    return "torch", "reference"
+
+
 dispatch.operator(
     NAME,
     {
         "reference": f"{__name__}.reference:grouped_swiglu",
+        "triton": f"{__name__}.triton:grouped_swiglu",
         "torch": f"{__name__}.composed:grouped_swiglu",
     },
-    cuda=("torch", "reference"),
+    cuda=_order,
     elsewhere=("torch", "reference"),
+    needs={"triton": why_not_tiles},
 )
 
 

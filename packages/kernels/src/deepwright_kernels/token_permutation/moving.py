@@ -236,7 +236,7 @@ def _keep_order(ctx, inputs, output) -> None:
 
 
 def _sum_of_copies(ctx, grad_RD):
-    return _unpermute(grad_RD, *ctx.saved_tensors, None), None, None
+    return sum_copies(grad_RD, *ctx.saved_tensors), None, None
 
 
 def _keep_all(ctx, inputs, output) -> None:
@@ -260,3 +260,8 @@ def permute(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
 def unpermute(y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Σ_k weights[t, k] · y[place[t, k]], in float32."""
     return _unpermute(y_RD, order_R, place_TK, weights_TK)
+
+
+def sum_copies(y_RD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
+    """Σ_k y[place[t, k]], in float32: the gradient of `permute`."""
+    return _unpermute(y_RD, order_R, place_TK, None)

@@ -1,0 +1,240 @@
+"""A linear layer for each group of rows as persistent Triton kernels: forward, gradient of the rows, of the weights.
+
+A fixed number of programs share the tiles of all groups. Which tiles there are is found on the device from the ends of
+the groups: a prefix sum over tiles per group says which group a tile belongs to, so the host never reads an end. A tile
+belongs to one group only; its rows beyond the group's end are computed and not stored.
+
+Operands come through TMA descriptors, which clear what lies outside a tensor. The gradient of the weights, whose sum
+runs over a group's rows, takes whole blocks of rows first; the last one, which may reach into the next group, is
+cleared there in registers.
+
+Shapes: T rows in group order, E groups, K inputs, N outputs; tiles of M rows, J outputs, R of the summed dimension.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+BAND = 8
+PROGRAMS_ON_CPU = 3  # the interpreter runs them one after another
+TILE = {"BLOCK_M": 128, "BLOCK_J": 256, "BLOCK_R": 64, "num_warps": 8, "num_stages": 4}
+WEIGHTS_TILE = {"BLOCK_M": 128, "BLOCK_J": 128, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3}
+TILE_ON_CPU = {"BLOCK_M": 16, "BLOCK_J": 32, "BLOCK_R": 16}
+
+
+@triton.jit
+def group_tiles(ends_ptr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Tiles of rows of each group, and the running sum."""
+    group_E = tl.arange(0, BLOCK_E)
+    end_E = tl.load(ends_ptr + group_E, mask=group_E < GROUPS, other=0)
+    start_E = tl.load(ends_ptr + group_E - 1, mask=(group_E > 0) & (group_E < GROUPS), other=0)
+    tiles_E = (end_E - start_E + BLOCK_M - 1) // BLOCK_M
+    return tiles_E, tl.cumsum(tiles_E, axis=0)
+
+
+@triton.jit
+def place_of(tile, tiles_E, tile_ends_E, columns, BAND: tl.constexpr, BLOCK_E: tl.constexpr):
+    """(group, tile of its rows, tile of columns): tiles of a group follow each other, in bands of rows for the L2."""
+    group = tl.sum((tile_ends_E * columns <= tile).to(tl.int32), axis=0)
+    mine_E = tl.arange(0, BLOCK_E) == group
+    tiles = tl.sum(tl.where(mine_E, tiles_E, 0), axis=0)
+    inner = tile - tl.sum(tl.where(mine_E, tile_ends_E - tiles_E, 0), axis=0) * columns
+    band = inner // (BAND * columns)
+    height = tl.minimum(tiles - band * BAND, BAND)
+    inner = inner % (BAND * columns)
+    return group, band * BAND + inner % height, inner // height
+
+
+@triton.jit
+def _rows_kernel(
+    x_desc,
+    weight_desc,
+    y_ptr,
+    ends_ptr,
+    outputs,
+    inputs,
+    GROUPS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BAND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    FLATTEN: tl.constexpr = False,
+):
+    """y = x · weightᵀ (weight [E, outputs, inputs]), or x · weight where TRANSPOSED (weight [E, inputs, outputs])."""
+    tiles_E, tile_ends_E = group_tiles(ends_ptr, BLOCK_M, GROUPS, BLOCK_E)
+    columns = tl.cdiv(outputs, BLOCK_J)
+    total = tl.sum(tiles_E, axis=0) * columns
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
+        group, tile_m, tile_j = place_of(tile, tiles_E, tile_ends_E, columns, BAND, BLOCK_E)
+        end = tl.load(ends_ptr + group)
+        start = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
+        row, column = start + tile_m * BLOCK_M, tile_j * BLOCK_J
+        y_MJ = tl.zeros((BLOCK_M, BLOCK_J), dtype=tl.float32)
+        for first in range(0, inputs, BLOCK_R):
+            x_MR = x_desc.load([row, first])
+            if TRANSPOSED:
+                weight_RJ = weight_desc.load([group, first, column]).reshape(BLOCK_R, BLOCK_J)
+            else:
+                weight_RJ = weight_desc.load([group, column, first]).reshape(BLOCK_J, BLOCK_R).T
+            y_MJ = tl.dot(x_MR, weight_RJ, y_MJ)
+        row_M, column_J = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_J)
+        tl.store(
+            y_ptr + row_M.to(tl.int64)[:, None] * outputs + column_J[None, :],
+            y_MJ.to(y_ptr.dtype.element_ty),
+            mask=(row_M < end)[:, None] & (column_J < outputs)[None, :],
+        )
+
+
+@triton.jit
+def _weights_kernel(
+    grad_desc,
+    x_desc,
+    grad_weight_ptr,
+    ends_ptr,
+    outputs,
+    inputs,
+    GROUPS: tl.constexpr,
+    BAND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """grad_weight[e] = gradᵀ · x over the rows of group e; zero where it has none."""
+    tiles_m, tiles_j = tl.cdiv(outputs, BLOCK_M), tl.cdiv(inputs, BLOCK_J)
+    for tile in range(tl.program_id(0), GROUPS * tiles_m * tiles_j, tl.num_programs(0)):
+        group, inner = tile // (tiles_m * tiles_j), tile % (tiles_m * tiles_j)
+        band = inner // (BAND * tiles_j)
+        height = tl.minimum(tiles_m - band * BAND, BAND)
+        inner = inner % (BAND * tiles_j)
+        output, column = (band * BAND + inner % height) * BLOCK_M, inner // height * BLOCK_J
+        end = tl.load(ends_ptr + group)
+        start = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
+        whole = start + (end - start) // BLOCK_R * BLOCK_R
+        sum_MJ = tl.zeros((BLOCK_M, BLOCK_J), dtype=tl.float32)
+        for first in range(start, whole, BLOCK_R):
+            sum_MJ = tl.dot(grad_desc.load([first, output]).T, x_desc.load([first, column]), sum_MJ)
+        if whole < end:
+            # Both operands: what lies in other groups' rows may be no number at all, and 0 · nan is nan.
+            inside_R = (whole + tl.arange(0, BLOCK_R) < end)[:, None]
+            grad_RM = tl.where(inside_R, grad_desc.load([whole, output]), 0.0)
+            x_RJ = tl.where(inside_R, x_desc.load([whole, column]), 0.0)
+            sum_MJ = tl.dot(grad_RM.T, x_RJ, sum_MJ)
+        output_M, column_J = output + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_J)
+        tl.store(
+            grad_weight_ptr + (tl.cast(group, tl.int64) * outputs + output_M)[:, None] * inputs + column_J[None, :],
+            sum_MJ.to(grad_weight_ptr.dtype.element_ty),
+            mask=(output_M < outputs)[:, None] & (column_J < inputs)[None, :],
+        )
+
+
+def programs(device: torch.device, per_processor: int = 1) -> int:
+    if device.type != "cuda":
+        return PROGRAMS_ON_CPU
+    return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def wide_on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The interpreter's tl.dot multiplies the bits of bfloat16 as if they were integers."""
+    return tensors if tensors[0].is_cuda else tuple(tensor.float() for tensor in tensors)
+
+
+def multiply_rows(x_TR: Tensor, weight_EAB: Tensor, ends_E: Tensor, transposed: bool) -> Tensor:
+    """Rows times their group's weightᵀ [E, outputs, inputs], or times its weight where `transposed`."""
+    groups, outputs, inputs = weight_EAB.shape
+    if transposed:
+        outputs, inputs = inputs, outputs
+    y_TJ = torch.empty(x_TR.shape[0], outputs, dtype=x_TR.dtype, device=x_TR.device)
+    if not y_TJ.numel():
+        return y_TJ
+    x_TR, weight_EAB = wide_on_cpu(x_TR.contiguous(), weight_EAB.contiguous())
+    tile = TILE if x_TR.is_cuda else TILE_ON_CPU
+    weight_box = [1, tile["BLOCK_R"], tile["BLOCK_J"]] if transposed else [1, tile["BLOCK_J"], tile["BLOCK_R"]]
+    _rows_kernel[(programs(x_TR.device),)](
+        TensorDescriptor.from_tensor(x_TR, [tile["BLOCK_M"], tile["BLOCK_R"]]),
+        TensorDescriptor.from_tensor(weight_EAB, weight_box),
+        y_TJ,
+        ends_E.contiguous(),
+        outputs,
+        inputs,
+        GROUPS=groups,
+        TRANSPOSED=transposed,
+        BAND=BAND,
+        BLOCK_E=triton.next_power_of_2(groups),
+        **tile,
+    )
+    return y_TJ
+
+
+def multiply_groups(grad_TN: Tensor, x_TK: Tensor, ends_E: Tensor) -> Tensor:
+    """gradᵀ · x over each group's rows. [E, N, K]."""
+    groups, outputs, inputs = len(ends_E), grad_TN.shape[1], x_TK.shape[1]
+    grad_weight_ENK = torch.empty(groups, outputs, inputs, dtype=x_TK.dtype, device=x_TK.device)
+    if not x_TK.shape[0]:
+        return grad_weight_ENK.zero_()
+    grad_TN, x_TK = wide_on_cpu(grad_TN.contiguous(), x_TK.contiguous())
+    tile = WEIGHTS_TILE if x_TK.is_cuda else TILE_ON_CPU
+    _weights_kernel[(programs(x_TK.device, 2),)](
+        TensorDescriptor.from_tensor(grad_TN, [tile["BLOCK_R"], tile["BLOCK_M"]]),
+        TensorDescriptor.from_tensor(x_TK, [tile["BLOCK_R"], tile["BLOCK_J"]]),
+        grad_weight_ENK,
+        ends_E.contiguous(),
+        outputs,
+        inputs,
+        GROUPS=groups,
+        BAND=BAND,
+        **tile,
+    )
+    return grad_weight_ENK
+
+
+@torch.library.custom_op("deepwright::grouped_linear", mutates_args=())
+def _grouped_linear(x_TK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    return multiply_rows(x_TK, weight_ENK, ends_E, transposed=False)
+
+
+@_grouped_linear.register_fake
+def _(x_TK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    return x_TK.new_empty(x_TK.shape[0], weight_ENK.shape[1])
+
+
+@torch.library.custom_op("deepwright::grouped_linear_rows_backward", mutates_args=())
+def rows_backward(grad_TN: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    return multiply_rows(grad_TN, weight_ENK, ends_E, transposed=True)
+
+
+@rows_backward.register_fake
+def _(grad_TN: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    return grad_TN.new_empty(grad_TN.shape[0], weight_ENK.shape[2])
+
+
+@torch.library.custom_op("deepwright::grouped_linear_weights_backward", mutates_args=())
+def weights_backward(grad_TN: Tensor, x_TK: Tensor, ends_E: Tensor) -> Tensor:
+    return multiply_groups(grad_TN, x_TK, ends_E)
+
+
+@weights_backward.register_fake
+def _(grad_TN: Tensor, x_TK: Tensor, ends_E: Tensor) -> Tensor:
+    return x_TK.new_empty(ends_E.shape[0], grad_TN.shape[1], x_TK.shape[1])
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, grad_TN):
+    x_TK, weight_ENK, ends_E = ctx.saved_tensors
+    grad_x_TK = rows_backward(grad_TN, weight_ENK, ends_E) if ctx.needs_input_grad[0] else None
+    grad_weight_ENK = weights_backward(grad_TN, x_TK, ends_E) if ctx.needs_input_grad[1] else None
+    return grad_x_TK, grad_weight_ENK, None
+
+
+_grouped_linear.register_autograd(_gradients, setup_context=_keep)
+
+
+def grouped_linear(x_TK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    """Row t of group e becomes x_t · weight_eᵀ."""
+    return _grouped_linear(x_TK, weight_ENK, offsets_E)
