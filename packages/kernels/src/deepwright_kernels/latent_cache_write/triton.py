@@ -15,7 +15,7 @@ from torch import Tensor
 from ..fp8_blocks.reference import E4M3_MAX, SMALLEST_AMAX
 from ..mla_paged_decode.reference import SCALED_LATENTS
 
-VALUES_PER_PROGRAM = 2048
+VALUES_PER_PROGRAM = 4096
 
 
 @triton.jit
@@ -90,8 +90,7 @@ def _kernel(
     tl.store(ropes_ptr + (slot_T * ropes_stride + ropes_start)[:, None] + column_R[None, :], turned_TR, mask=inside_TR)
 
 
-@torch.library.custom_op("deepwright::latent_cache_write", mutates_args=("cache_NW",))
-def _write(
+def _launch(
     kv_TW: Tensor, weight_C: Tensor, eps: float, cos_TF: Tensor, sin_TF: Tensor, cache_NW: Tensor, slots_T: Tensor
 ) -> None:
     tokens, pairs = cos_TF.shape
@@ -138,8 +137,17 @@ def _write(
     )
 
 
+@torch.library.custom_op("deepwright::latent_cache_write", mutates_args=("cache_NW",))
+def _write(
+    kv_TW: Tensor, weight_C: Tensor, eps: float, cos_TF: Tensor, sin_TF: Tensor, cache_NW: Tensor, slots_T: Tensor
+) -> None:
+    _launch(kv_TW, weight_C, eps, cos_TF, sin_TF, cache_NW, slots_T)
+
+
 def latent_cache_write(
     kv_TW: Tensor, weight_C: Tensor, eps: float, cos_TF: Tensor, sin_TF: Tensor, cache_NW: Tensor, slots_T: Tensor
 ) -> None:
     """See the operator's docstring."""
-    _write(kv_TW, weight_C, eps, cos_TF, sin_TF, cache_NW, slots_T)
+    # Outside a traced graph the operator's dispatch would take a host longer than the kernel does a GPU.
+    write = _write if torch.compiler.is_compiling() else _launch
+    write(kv_TW, weight_C, eps, cos_TF, sin_TF, cache_NW, slots_T)

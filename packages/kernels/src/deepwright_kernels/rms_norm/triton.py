@@ -18,6 +18,7 @@ LARGEST_ROW = 65536
 TILE = 4096  # values of a tile, where rows are shorter than that
 BACKWARD_PROGRAMS_PER_PROCESSOR = 4
 BACKWARD_PROGRAMS_ON_CPU = 4  # the interpreter runs them one after another
+TOTAL_ROWS, TOTAL_COLUMNS = 64, 32  # a tile of the partial sums, when they are added up
 
 
 @triton.jit
@@ -96,6 +97,18 @@ def _backward_kernel(
         tl.store(grad_x_ptr + here_TD, grad_x_TD.to(grad_x_ptr.dtype.element_ty), mask=inside_TD)
         grad_weight_TD += grad_TD * normed_TD
     tl.store(grad_weight_ptr + program * columns + offset_D, tl.sum(grad_weight_TD, axis=0), mask=inside_D)
+
+
+@triton.jit
+def _total_kernel(partial_ptr, total_ptr, programs, columns, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
+    offset_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    sum_GD = tl.zeros((BLOCK_G, BLOCK_D), dtype=tl.float32)
+    for start in range(0, programs, BLOCK_G):
+        program_G = start + tl.arange(0, BLOCK_G)
+        inside_GD = (program_G < programs)[:, None] & (offset_D < columns)[None, :]
+        sum_GD += tl.load(partial_ptr + program_G[:, None] * columns + offset_D[None, :], mask=inside_GD, other=0.0)
+    total_D = tl.sum(sum_GD, axis=0).to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + offset_D, total_D, mask=offset_D < columns)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -177,7 +190,11 @@ def _launch_backward(
         STAGES=2,
         num_warps=warps,
     )
-    return grad_x, partial_GD.sum(0).to(weight.dtype)
+    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    _total_kernel[(triton.cdiv(columns, TOTAL_COLUMNS),)](
+        partial_GD, grad_weight, programs, columns, BLOCK_G=TOTAL_ROWS, BLOCK_D=TOTAL_COLUMNS, num_warps=4
+    )
+    return grad_x, grad_weight
 
 
 @torch.library.custom_op("deepwright::rms_norm", mutates_args=())
@@ -260,6 +277,41 @@ def _add_gradients(ctx, grad, grad_summed, _grad_scale):
 _add_forward.register_autograd(_add_gradients, setup_context=_add_keep)
 
 
+class _Norm(torch.autograd.Function):
+    """The same without the operator around it, whose dispatch takes a host longer than the kernel does a GPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        normed, _, scale_T = _launch_forward(x, None, weight, eps, x.dtype)
+        ctx.save_for_backward(x, weight, scale_T)
+        return normed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return (*_launch_backward(grad, None, *ctx.saved_tensors), None)
+
+
+class _AddNorm(torch.autograd.Function):
+    """As `_Norm`, after an addition."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        normed, summed, scale_T = _launch_forward(x, residual, weight, eps, residual.dtype)
+        ctx.save_for_backward(summed, weight, scale_T)
+        ctx.x_dtype = x.dtype
+        ctx.set_materialize_grads(False)
+        return normed, summed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_summed):
+        grad_weight = None
+        if grad is not None:
+            grad_summed, grad_weight = _launch_backward(grad, grad_summed, *ctx.saved_tensors)
+        return None if grad_summed is None else grad_summed.to(ctx.x_dtype), grad_summed, grad_weight, None
+
+
 def _require_narrow(operator: str, x: Tensor) -> None:
     if x.shape[-1] > LARGEST_ROW:
         raise ValueError(f"{operator}: x has {x.shape[-1]} columns; the triton backend takes at most {LARGEST_ROW}.")
@@ -268,11 +320,18 @@ def _require_narrow(operator: str, x: Tensor) -> None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D], weight [D] -> [..., D] in x's dtype."""
     _require_narrow("rms_norm", x)
-    return _forward(x, weight, eps)[0]
+    if torch.compiler.is_compiling():
+        return _forward(x, weight, eps)[0]
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Norm.apply(x, weight, eps)
+    return _launch_forward(x, None, weight, eps, x.dtype)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual), both in the residual's dtype."""
     _require_narrow("add_rms_norm", x)
-    normed, summed, _ = _add_forward(x, residual, weight, eps)
-    return normed, summed
+    if torch.compiler.is_compiling():
+        return _add_forward(x, residual, weight, eps)[:2]
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
+        return _AddNorm.apply(x, residual, weight, eps)
+    return _launch_forward(x, residual, weight, eps, residual.dtype)[:2]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-VALUES_PER_PROGRAM = 8192
+MOST_ROWS, MOST_VALUES = 128, 32768  # of a program: (token, head) pairs, and their values
 LEADING = 3
 
 
@@ -86,8 +86,7 @@ def _three_leading(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-LEADING:])
 
 
-@torch.library.custom_op("deepwright::rotary", mutates_args=())
-def _rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
@@ -98,17 +97,21 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     x_0THD = _three_leading(x if x.stride(-1) == 1 else x.contiguous())
     cos_0THF, sin_0THF = (_three_leading(angle.expand(*x.shape[:-1], pairs)) for angle in (cos, sin))
     size_0, size_1, heads = x_0THD.shape[:LEADING]
+    tokens = size_0 * size_1
     block_pairs = triton.next_power_of_2(pairs)
     block_kept = triton.next_power_of_2(kept) if kept else 0
-    block_rows = max(1, VALUES_PER_PROGRAM // (2 * block_pairs + block_kept))
-    block_heads = min(triton.next_power_of_2(heads), block_rows)
-    block_tokens = min(triton.next_power_of_2(size_0 * size_1), max(1, block_rows // block_heads))
-    _kernel[(triton.cdiv(size_0 * size_1, block_tokens), triton.cdiv(heads, block_heads))](
+    # All of a token's heads at once where they fit: on an H200 the slices of 128 heads of 192 go from 3.6 to 3.9 TB/s.
+    fitting = MOST_VALUES // (2 * block_pairs + block_kept)
+    rows = min(MOST_ROWS, 1 << max(0, fitting.bit_length() - 1))
+    block_heads = min(triton.next_power_of_2(heads), rows)
+    block_tokens = min(triton.next_power_of_2(tokens), rows // block_heads)
+    values = block_tokens * block_heads * (2 * block_pairs + block_kept)
+    _kernel[(triton.cdiv(tokens, block_tokens), triton.cdiv(heads, block_heads))](
         x_0THD,
         cos_0THF,
         sin_0THF,
         y,
-        size_0 * size_1,
+        tokens,
         size_1,
         heads,
         kept,
@@ -121,9 +124,14 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
         BLOCK_H=block_heads,
         BLOCK_F=block_pairs,
         BLOCK_P=block_kept,
-        num_warps=8,
+        num_warps=min(16, max(1, values // 1024)),
     )
     return y
+
+
+@torch.library.custom_op("deepwright::rotary", mutates_args=())
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return _launch(x, cos, sin, inverse)
 
 
 @_rotary.register_fake
@@ -145,11 +153,34 @@ def _gradients(ctx, grad):
 _rotary.register_autograd(_gradients, setup_context=_keep)
 
 
+class _Rotary(torch.autograd.Function):
+    """The same without the operator around it, whose dispatch takes a host longer than the kernel does a GPU."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, inverse):
+        ctx.save_for_backward(cos, sin)
+        ctx.inverse = inverse
+        return _launch(x, cos, sin, inverse)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, not ctx.inverse), None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _rotary(x, cos, sin, inverse)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Rotary.apply(x, cos, sin, inverse)
+    return _launch(x, cos, sin, inverse)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., R], cos and sin broadcastable to [..., R/2] -> [..., R] in x's dtype."""
-    return _rotary(x, cos, sin, False)
+    return _turn(x, cos, sin, False)
 
 
 def rotary_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., P + R], cos and sin broadcastable to [..., R/2] -> x with its last R values turned."""
-    return _rotary(x, cos, sin, False)
+    return _turn(x, cos, sin, False)
