@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ NAME = "route"
 SCORINGS = ("sigmoid", "softmax")
 MOST_CHOSEN = 64
 LARGEST = 4096
+# Of the CUDA kernel, where a warp keeps a row in its registers.
+LANES, MOST_OF_A_WARP = 32, 512
 
 
 def _too_large(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, *_: object) -> str | None:
@@ -30,15 +32,50 @@ def _not_float32(logits_TE: Tensor, bias_E: Tensor | None, *_: object) -> str | 
     return None
 
 
+def _ungainly(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    top_k: int,
+    scoring: str,
+    groups: int,
+    top_groups: int,
+    group_best: int,
+    *_: object,
+) -> str | None:
+    experts = logits_TE.shape[1]
+    if _not_float32(logits_TE, bias_E):
+        return "it computes in float32 and logits_TE or bias_E is float64"
+    if experts % LANES or experts > MOST_OF_A_WARP or top_k > LANES:
+        return (
+            f"a warp of {LANES} threads shares a row evenly, up to {MOST_OF_A_WARP} experts, and top_k may be at most "
+            f"{LANES}: there are {experts} experts and top_k is {top_k}"
+        )
+    if top_groups < groups and (LANES % groups or group_best > 2):
+        return (
+            f"a group is a few of {LANES} threads and worth its one or two best: groups is {groups}, group_best is "
+            f"{group_best}"
+        )
+    return None
+
+
+def _order(logits_TE: Tensor, *rest: Any) -> tuple[str, ...]:
+    hopper = dispatch.capability(logits_TE.device.index or 0) == (9, 0) and torch.version.hip is None
+    if hopper and rest and _ungainly(logits_TE, *rest) is None:
+        return "cuda", "triton", "reference"
+    return "triton", "reference"
+
+
 dispatch.operator(
     NAME,
     {
         "reference": f"{__name__}.reference:route",
+        "cuda": f"{__name__}.hopper:route",
         "triton": f"{__name__}.triton:route",
         "torch": f"{__name__}.packed_keys:route",
     },
+    cuda=_order,
     elsewhere=lambda logits_TE, *_: ("torch", "reference") if logits_TE.dtype == torch.float32 else ("reference",),
-    needs={"triton": _too_large, "torch": _not_float32},
+    needs={"cuda": _ungainly, "triton": _too_large, "torch": _not_float32},
 )
 
 

@@ -14,11 +14,10 @@ from ..cuda_source import kernel
 from . import triton as portable
 
 SOURCE = Path(__file__).with_name("hopper.cu")
-THREADS, FEW_THREADS = 1024, 1024
-ROWS_OF_BLOCK = THREADS // 32
-# A cluster of this many blocks routes this many tokens at once.
+# A processor's registers hold this many threads with a row of up to 256 experts in every warp, half with a longer one.
+THREADS, LONG_ROW = 1024, 256
+# So many blocks form a cluster that routes a token in each warp, and clears and sums the counts itself.
 FEW_BLOCKS = 8
-FEW_TOKENS = FEW_BLOCKS * FEW_THREADS // 32
 
 
 @torch.library.custom_op("deepwright::route_hopper", mutates_args=())
@@ -39,7 +38,8 @@ def _route(
     experts_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
     weights_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
     scores_TE = torch.empty_like(logits_TE)
-    few = tokens <= FEW_TOKENS
+    threads = THREADS if experts <= LONG_ROW else THREADS // 2
+    few = tokens <= FEW_BLOCKS * threads // 32
     counts_E = (torch.empty if few else torch.zeros)(experts, dtype=torch.int64, device=device)
     if top_groups == groups:
         groups = top_groups = 1
@@ -52,16 +52,13 @@ def _route(
         "SIGMOID": int(sigmoid),
         "NORMALISE": int(normalise),
         "HAS_BIAS": int(bias_E is not None),
-        "THREADS": FEW_THREADS if few else THREADS,
+        "THREADS": threads,
         "FEW": FEW_BLOCKS if few else 0,
     }
-    blocks = FEW_BLOCKS
-    if not few:
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        blocks = min(-(-tokens // ROWS_OF_BLOCK), processors)
+    blocks = FEW_BLOCKS if few else torch.cuda.get_device_properties(device).multi_processor_count
     kernel(SOURCE, "route", defines, 0, device).launch(
         (blocks, 1, 1),
-        (THREADS, 1, 1),
+        (threads, 1, 1),
         logits_TE,
         logits_TE if bias_E is None else bias_E.contiguous(),
         experts_TK,
