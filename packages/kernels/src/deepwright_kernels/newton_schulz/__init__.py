@@ -6,21 +6,23 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..arguments import FLOATS, require, require_dtype, require_shape
+from ..arguments import FLOATS, require, require_dtype, require_shape, shape_of
 
 NAME = "newton_schulz"
 
 
 def _kernel_needs(matrices_EMN: Tensor, steps: int) -> str | None:
-    if matrices_EMN.dtype not in (torch.bfloat16, torch.float16) and matrices_EMN.is_cuda:
-        return "its products are for bfloat16 and float16; float32 products are torch's"
+    if matrices_EMN.is_cuda and matrices_EMN.dtype not in (torch.bfloat16, torch.float16):
+        return "its products are of bfloat16 and float16; those of float32 are torch's"
+    if matrices_EMN.is_cuda and (matrices_EMN.shape[-1] % 8 or min(matrices_EMN.shape[-2:]) % 8):
+        return f"the matrices are {shape_of(matrices_EMN[0])} and its rows have to start at multiples of 8 values"
     return None
 
 
 def _fastest(matrices_EMN: Tensor, steps: int = 5) -> tuple[str, ...]:
     """Half of two products saves more than a kernel's launch once a matrix fills a few tiles."""
-    narrow = matrices_EMN.dtype in (torch.bfloat16, torch.float16)
-    if narrow and matrices_EMN.ndim == 3 and min(matrices_EMN.shape[-2:]) >= 512:
+    large = matrices_EMN.ndim == 3 and min(matrices_EMN.shape[-2:]) >= 512
+    if large and _kernel_needs(matrices_EMN, steps) is None:
         return ("triton", "torch", "reference")
     return ("torch", "reference")
 
@@ -42,7 +44,7 @@ def newton_schulz(matrices_EMN: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrices, approximately, after `steps` of Muon's quintic: [E, M, N] in the input's dtype.
 
     X ← a·X + (b·G + c·G·G)·X, G = X·Xᵀ, from X divided by its Frobenius norm (Jordan et al. 2024). Each of the E
-    matrices by itself; the result may be a transposed view. A matrix of zeros stays one. No gradients.
+    matrices by itself. A matrix of zeros stays one. No gradients.
     """
     require_shape(NAME, "matrices_EMN", matrices_EMN, (None, None, None), "[E, M, N]")
     require_dtype(NAME, "matrices_EMN", matrices_EMN, FLOATS)

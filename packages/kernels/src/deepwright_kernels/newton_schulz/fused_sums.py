@@ -1,6 +1,8 @@
 """Newton-Schulz with torch's batched products, the sums fused into them: three products a step and nothing else.
 
-Shapes: E matrices, M rows, N columns, M the shorter side.
+A matrix with more rows than columns is worked on as it lies, with factors on the right.
+
+Shapes: E matrices, M rows, N columns, S the shorter side of the two.
 """
 
 from __future__ import annotations
@@ -11,20 +13,19 @@ from torch import Tensor
 from .reference import COEFFICIENTS, SMALLEST_NORM
 
 
-def scaled_wide(matrices_EMN: Tensor) -> tuple[Tensor, bool]:
-    """The matrices over their norms with the shorter side as rows, contiguous; whether that transposed them."""
-    norm_E11 = torch.linalg.vector_norm(matrices_EMN, dim=(-2, -1), keepdim=True) + SMALLEST_NORM
-    tall = matrices_EMN.shape[-2] > matrices_EMN.shape[-1]
-    wide = matrices_EMN.mT if tall else matrices_EMN
-    return (wide / norm_E11).contiguous(), tall
+def scaled(matrices_EMN: Tensor) -> Tensor:
+    """Each matrix over its Frobenius norm."""
+    return matrices_EMN / (torch.linalg.vector_norm(matrices_EMN, dim=(-2, -1), keepdim=True) + SMALLEST_NORM)
 
 
 def newton_schulz(matrices_EMN: Tensor, steps: int = 5) -> Tensor:
     """Nearest (semi-)orthogonal matrices, approximately: [E, M, N] in the input's dtype."""
     a, b, c = COEFFICIENTS
-    x_EMN, tall = scaled_wide(matrices_EMN)
+    x_EMN = scaled(matrices_EMN)
+    tall = x_EMN.shape[1] > x_EMN.shape[2]
     for _ in range(steps):
-        gram_EMM = torch.bmm(x_EMN, x_EMN.mT)
-        factor_EMM = torch.baddbmm(gram_EMM, gram_EMM, gram_EMM, beta=b, alpha=c)
-        x_EMN = torch.baddbmm(x_EMN, factor_EMM, x_EMN, beta=a)
-    return x_EMN.mT if tall else x_EMN
+        gram_ESS = torch.bmm(x_EMN.mT, x_EMN) if tall else torch.bmm(x_EMN, x_EMN.mT)
+        factor_ESS = torch.baddbmm(gram_ESS, gram_ESS, gram_ESS, beta=b, alpha=c)
+        left, right = (x_EMN, factor_ESS) if tall else (factor_ESS, x_EMN)
+        x_EMN = torch.baddbmm(x_EMN, left, right, beta=a)
+    return x_EMN
