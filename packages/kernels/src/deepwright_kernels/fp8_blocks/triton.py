@@ -68,8 +68,7 @@ def _empty(x_ENK: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("deepwright::quantise_fp8_blocks", mutates_args=())
-def _quantise(x_ENK: Tensor, power_of_two_scales: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+def _launch_quantise(x_ENK: Tensor, power_of_two_scales: bool, transposed: bool) -> tuple[Tensor, Tensor]:
     values, scale = _empty(x_ENK, transposed)
     if x_ENK.numel():
         x_ENK = x_ENK if x_ENK.stride(-1) == 1 else x_ENK.contiguous()
@@ -90,6 +89,9 @@ def _quantise(x_ENK: Tensor, power_of_two_scales: bool, transposed: bool) -> tup
     return values, scale
 
 
+_quantise = torch.library.custom_op("deepwright::quantise_fp8_blocks", _launch_quantise, mutates_args=())
+
+
 @_quantise.register_fake
 def _(x_ENK: Tensor, power_of_two_scales: bool, transposed: bool) -> tuple[Tensor, Tensor]:
     return _empty(x_ENK, transposed)
@@ -99,4 +101,5 @@ def quantise_fp8_blocks(
     x_NK: Tensor, block: tuple[int, int], power_of_two_scales: bool, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """Values [N, K] and scales [U, V], of a stack those of each matrix; or their transposes. `block` is (128, 128)."""
-    return _quantise(x_NK, power_of_two_scales, transposed)
+    # Outside of a traced graph torch's dispatch would take the host longer than many a kernel runs.
+    return (_quantise if torch.compiler.is_compiling() else _launch_quantise)(x_NK, power_of_two_scales, transposed)

@@ -62,8 +62,7 @@ def _kernel(
         tl.store(y_ptr_MN, sum_MN.to(y_ptr.dtype.element_ty), mask=inside_MN)
 
 
-@torch.library.custom_op("deepwright::fp8_grouped_matmul_triton", mutates_args=())
-def _product(
+def _launch_product(
     a_TK: Tensor, a_scale_TV: Tensor, b_ENK: Tensor, b_scale_EUV: Tensor, ends_E: Tensor, dtype: torch.dtype
 ) -> Tensor:
     rows, (groups, outputs, inner) = a_TK.shape[0], b_ENK.shape
@@ -93,6 +92,9 @@ def _product(
     return y_TN
 
 
+_product = torch.library.custom_op("deepwright::fp8_grouped_matmul_triton", _launch_product, mutates_args=())
+
+
 @_product.register_fake
 def _(
     a_TK: Tensor, a_scale_TV: Tensor, b_ENK: Tensor, b_scale_EUV: Tensor, ends_E: Tensor, dtype: torch.dtype
@@ -104,4 +106,7 @@ def fp8_grouped_matmul(
     a_TK: Tensor, a_scale_TV: Tensor, b_ENK: Tensor, b_scale_EUV: Tensor, ends_E: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Row t of group e becomes a_t · b_eᵀ. Rows after the last end become zero."""
-    return _product(a_TK, a_scale_TV, b_ENK, b_scale_EUV, ends_E, dtype)
+    # Outside of a traced graph torch's dispatch would take the host longer than many a kernel runs.
+    return (_product if torch.compiler.is_compiling() else _launch_product)(
+        a_TK, a_scale_TV, b_ENK, b_scale_EUV, ends_E, dtype
+    )

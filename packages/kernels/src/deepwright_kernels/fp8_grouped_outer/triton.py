@@ -73,8 +73,7 @@ def _kernel(
     )
 
 
-@torch.library.custom_op("deepwright::fp8_grouped_outer_triton", mutates_args=())
-def _product(
+def _launch_product(
     a_MT: Tensor, a_scale_MV: Tensor, b_NT: Tensor, b_scale_NV: Tensor, ends_E: Tensor, dtype: torch.dtype
 ) -> Tensor:
     groups, rows, outputs = ends_E.shape[0], a_MT.shape[0], b_NT.shape[0]
@@ -103,6 +102,9 @@ def _product(
     return y_EMN
 
 
+_product = torch.library.custom_op("deepwright::fp8_grouped_outer_triton", _launch_product, mutates_args=())
+
+
 @_product.register_fake
 def _(a_MT: Tensor, a_scale_MV: Tensor, b_NT: Tensor, b_scale_NV: Tensor, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(ends_E.shape[0], a_MT.shape[0], b_NT.shape[0], dtype=dtype, device=a_MT.device)
@@ -112,4 +114,7 @@ def fp8_grouped_outer(
     a_MT: Tensor, a_scale_MV: Tensor, b_NT: Tensor, b_scale_NV: Tensor, ends_E: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """y_e = a_e · b_eᵀ over the columns of group e; zeros for an empty one."""
-    return _product(a_MT, a_scale_MV, b_NT, b_scale_NV, ends_E, dtype)
+    # Outside of a traced graph torch's dispatch would take the host longer than many a kernel runs.
+    return (_product if torch.compiler.is_compiling() else _launch_product)(
+        a_MT, a_scale_MV, b_NT, b_scale_NV, ends_E, dtype
+    )

@@ -129,8 +129,7 @@ def tiles_of(values: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(values, list(values.shape), list(values.stride()), [rows, BLOCK])
 
 
-@torch.library.custom_op("deepwright::fp8_matmul_triton", mutates_args=())
-def _product(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _launch_product(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
     (rows, inner), outputs = a_MK.shape, b_NK.shape[0]
     if not a_MK.numel() or not outputs:
         return torch.zeros(rows, outputs, dtype=dtype, device=a_MK.device)
@@ -157,6 +156,9 @@ def _product(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dt
     return y_MN
 
 
+_product = torch.library.custom_op("deepwright::fp8_matmul_triton", _launch_product, mutates_args=())
+
+
 @_product.register_fake
 def _(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(a_MK.shape[0], b_NK.shape[0], dtype=dtype, device=a_MK.device)
@@ -164,4 +166,5 @@ def _(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: to
 
 def fp8_matmul(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """a · bᵀ, rounded once to `dtype`. b_scale: a row for each row of b, or for each 128 of them."""
-    return _product(a_MK, a_scale_MV, b_NK, b_scale, dtype)
+    # Outside of a traced graph torch's dispatch would take the host longer than many a kernel runs.
+    return (_product if torch.compiler.is_compiling() else _launch_product)(a_MK, a_scale_MV, b_NK, b_scale, dtype)

@@ -256,8 +256,7 @@ def empty_rows(tokens: int, columns: int, device: torch.device) -> tuple[Tensor,
     return empty_values(tokens, columns, device), empty_row_scales(tokens, columns, device)
 
 
-@torch.library.custom_op("deepwright::quantise_fp8_rows", mutates_args=())
-def _rows(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+def _launch_rows(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
     x_TK = side_by_side(x_TK)
     tokens, columns = x_TK.shape
     values_TK, scale_TV = empty_rows(tokens, columns, x_TK.device)
@@ -277,6 +276,9 @@ def _rows(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
             num_warps=ROWS_WARPS,
         )
     return values_TK, scale_TV
+
+
+_rows = torch.library.custom_op("deepwright::quantise_fp8_rows", _launch_rows, mutates_args=())
 
 
 @_rows.register_fake
@@ -317,11 +319,13 @@ def _along_columns(
     )
 
 
-@torch.library.custom_op("deepwright::quantise_fp8_columns", mutates_args=())
-def _columns(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+def _launch_columns(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
     columns = empty_rows(x_TK.shape[1], x_TK.shape[0], x_TK.device)
     _along_columns(x_TK, None, columns, power_of_two_scales)
     return columns
+
+
+_columns = torch.library.custom_op("deepwright::quantise_fp8_columns", _launch_columns, mutates_args=())
 
 
 @_columns.register_fake
@@ -329,12 +333,16 @@ def _(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
     return empty_rows(x_TK.shape[1], x_TK.shape[0], x_TK.device)
 
 
-@torch.library.custom_op("deepwright::quantise_fp8_rows_and_columns", mutates_args=())
-def _rows_and_columns(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch_rows_and_columns(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, width = x_TK.shape
     rows, columns = empty_rows(tokens, width, x_TK.device), empty_rows(width, tokens, x_TK.device)
     _along_columns(x_TK, rows, columns, power_of_two_scales)
     return *rows, *columns
+
+
+_rows_and_columns = torch.library.custom_op(
+    "deepwright::quantise_fp8_rows_and_columns", _launch_rows_and_columns, mutates_args=()
+)
 
 
 @_rows_and_columns.register_fake
@@ -345,14 +353,15 @@ def _(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, 
 
 def quantise_fp8_rows(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
     """Values [T, K] and scales [T, V]."""
-    return _rows(x_TK, power_of_two_scales)
+    # Outside of a traced graph torch's dispatch would take the host longer than many a kernel runs.
+    return (_rows if torch.compiler.is_compiling() else _launch_rows)(x_TK, power_of_two_scales)
 
 
 def quantise_fp8_columns(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
     """Values [K, T] and scales [K, U]."""
-    return _columns(x_TK, power_of_two_scales)
+    return (_columns if torch.compiler.is_compiling() else _launch_columns)(x_TK, power_of_two_scales)
 
 
 def quantise_fp8_rows_and_columns(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both, rows first."""
-    return _rows_and_columns(x_TK, power_of_two_scales)
+    return (_rows_and_columns if torch.compiler.is_compiling() else _launch_rows_and_columns)(x_TK, power_of_two_scales)

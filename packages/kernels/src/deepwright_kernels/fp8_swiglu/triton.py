@@ -182,8 +182,7 @@ def _backward_kernel(
         )
 
 
-@torch.library.custom_op("deepwright::swiglu_quantise_fp8", mutates_args=())
-def _forward(gate_up_TJ: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
+def _launch_forward(gate_up_TJ: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
     gate_up_TJ = side_by_side(gate_up_TJ)
     tokens, hidden = gate_up_TJ.shape[0], gate_up_TJ.shape[1] // 2
     values_TI, scale_TV = empty_rows(tokens, hidden, gate_up_TJ.device)
@@ -204,6 +203,9 @@ def _forward(gate_up_TJ: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Ten
     return values_TI, scale_TV
 
 
+_forward = torch.library.custom_op("deepwright::swiglu_quantise_fp8", _launch_forward, mutates_args=())
+
+
 @_forward.register_fake
 def _(gate_up_TJ: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
     return empty_rows(gate_up_TJ.shape[0], gate_up_TJ.shape[1] // 2, gate_up_TJ.device)
@@ -218,8 +220,7 @@ def _empty(gate_up_TJ: Tensor) -> Six:
     return *rows, *columns, *empty_rows(both // 2, tokens, device)
 
 
-@torch.library.custom_op("deepwright::swiglu_backward_quantise_fp8", mutates_args=())
-def _backward(
+def _launch_backward(
     grad_TI: Tensor, gate_up_TJ: Tensor, power_of_two_scales: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden = gate_up_TJ.shape[1] // 2
@@ -249,6 +250,9 @@ def _backward(
     return outputs
 
 
+_backward = torch.library.custom_op("deepwright::swiglu_backward_quantise_fp8", _launch_backward, mutates_args=())
+
+
 @_backward.register_fake
 def _(
     grad_TI: Tensor, gate_up_TJ: Tensor, power_of_two_scales: bool
@@ -258,7 +262,8 @@ def _(
 
 def swiglu_quantise_fp8(gate_up_TJ: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
     """Values [T, I] and scales [T, V] of silu(gate) · up."""
-    return _forward(gate_up_TJ, power_of_two_scales)
+    # Outside of a traced graph torch's dispatch would take the host longer than many a kernel runs.
+    return (_forward if torch.compiler.is_compiling() else _launch_forward)(gate_up_TJ, power_of_two_scales)
 
 
 def swiglu_backward_quantise_fp8(grad_TI: Tensor, gate_up_TJ: Tensor, power_of_two_scales: bool) -> Six:
@@ -269,4 +274,4 @@ def swiglu_backward_quantise_fp8(grad_TI: Tensor, gate_up_TJ: Tensor, power_of_t
             *quantise_fp8_rows_and_columns(grad_TJ, power_of_two_scales),
             *quantise_fp8_columns(hidden_TI, power_of_two_scales),
         )
-    return _backward(grad_TI, gate_up_TJ, power_of_two_scales)
+    return (_backward if torch.compiler.is_compiling() else _launch_backward)(grad_TI, gate_up_TJ, power_of_two_scales)
