@@ -137,9 +137,14 @@ def programs(device: torch.device, per_processor: int = 1) -> int:
     return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def wide_on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The interpreter's tl.dot multiplies the bits of bfloat16 as if they were integers."""
-    return tensors if tensors[0].is_cuda else tuple(tensor.float() for tensor in tensors)
+def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as the kernels can take them; copies only where they have to be."""
+    if not tensors[0].is_cuda:
+        # The interpreter's tl.dot multiplies the bits of bfloat16 as if they were integers.
+        return tuple(tensor.float().contiguous() for tensor in tensors)
+    contiguous = (tensor.contiguous() for tensor in tensors)
+    # TMA reads from multiples of 16 bytes.
+    return tuple(tensor if tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in contiguous)
 
 
 def multiply_rows(x_TR: Tensor, weight_EAB: Tensor, ends_E: Tensor, transposed: bool) -> Tensor:
@@ -150,7 +155,7 @@ def multiply_rows(x_TR: Tensor, weight_EAB: Tensor, ends_E: Tensor, transposed: 
     y_TJ = torch.empty(x_TR.shape[0], outputs, dtype=x_TR.dtype, device=x_TR.device)
     if not y_TJ.numel():
         return y_TJ
-    x_TR, weight_EAB = wide_on_cpu(x_TR.contiguous(), weight_EAB.contiguous())
+    x_TR, weight_EAB = operands(x_TR, weight_EAB)
     tile = TILE if x_TR.is_cuda else TILE_ON_CPU
     weight_box = [1, tile["BLOCK_R"], tile["BLOCK_J"]] if transposed else [1, tile["BLOCK_J"], tile["BLOCK_R"]]
     _rows_kernel[(programs(x_TR.device),)](
@@ -175,7 +180,7 @@ def multiply_groups(grad_TN: Tensor, x_TK: Tensor, ends_E: Tensor) -> Tensor:
     grad_weight_ENK = torch.empty(groups, outputs, inputs, dtype=x_TK.dtype, device=x_TK.device)
     if not x_TK.shape[0]:
         return grad_weight_ENK.zero_()
-    grad_TN, x_TK = wide_on_cpu(grad_TN.contiguous(), x_TK.contiguous())
+    grad_TN, x_TK = operands(grad_TN, x_TK)
     tile = WEIGHTS_TILE if x_TK.is_cuda else TILE_ON_CPU
     _weights_kernel[(programs(x_TK.device, 2),)](
         TensorDescriptor.from_tensor(grad_TN, [tile["BLOCK_R"], tile["BLOCK_M"]]),

@@ -22,11 +22,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..grouped_linear.triton import (
     BAND,
     group_tiles,
+    operands,
     place_of,
     programs,
     rows_backward,
     weights_backward,
-    wide_on_cpu,
 )
 from ..token_permutation.moving import permute, sum_copies
 
@@ -43,7 +43,6 @@ def _swiglu_kernel(
     h_ptr,
     gate_up_ptr,
     ends_ptr,
-    x_stride,
     width,
     inputs,
     copies,
@@ -69,7 +68,7 @@ def _swiglu_kernel(
         copy_M = tl.load(order_ptr + row_M, mask=row_M < end, other=-1)
         here_M = copy_M >= 0  # neither another group's row nor a gap
         offset_S = tl.arange(0, BLOCK_S)
-        x_ptr_MS = x_ptr + (tl.maximum(copy_M, 0) // copies).to(tl.int64)[:, None] * x_stride + offset_S[None, :]
+        x_ptr_MS = x_ptr + (tl.maximum(copy_M, 0) // copies).to(tl.int64)[:, None] * inputs + offset_S[None, :]
         sum_MJ = tl.zeros((BLOCK_M, 2 * BLOCK_J), dtype=tl.float32)
         for first in range(0, inputs, BLOCK_S):
             if EVEN:
@@ -119,8 +118,7 @@ def _swiglu(
     kept_RI = torch.empty(rows if keep else 0, 2 * width, dtype=x_TD.dtype, device=x_TD.device)
     if not h_RI.numel() or not len(x_TD):
         return h_RI, kept_RI
-    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    x_TD, gate_up_EID = wide_on_cpu(x_TD, gate_up_EID.contiguous())
+    x_TD, gate_up_EID = operands(x_TD, gate_up_EID)
     tile = TILE if x_TD.is_cuda else TILE_ON_CPU
     _swiglu_kernel[(programs(x_TD.device),)](
         x_TD,
@@ -131,7 +129,6 @@ def _swiglu(
         h_RI,
         kept_RI if keep else h_RI,
         ends_E,
-        x_TD.stride(0),
         width,
         inputs,
         place_TK.shape[1],

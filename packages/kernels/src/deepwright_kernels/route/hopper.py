@@ -20,6 +20,12 @@ THREADS, LONG_ROW = 1024, 256
 FEW_BLOCKS = 8
 
 
+def _from_16_bytes(tensor: Tensor) -> Tensor:
+    """The tensor where the kernel can read 16 bytes at a time; a copy only when it has to be one."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 @torch.library.custom_op("deepwright::route_hopper", mutates_args=())
 def _route(
     logits_TE: Tensor,
@@ -33,7 +39,7 @@ def _route(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits_TE.shape
-    logits_TE = logits_TE.contiguous()
+    logits_TE = _from_16_bytes(logits_TE)
     device = logits_TE.device
     experts_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
     weights_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
@@ -60,7 +66,7 @@ def _route(
         (blocks, 1, 1),
         (threads, 1, 1),
         logits_TE,
-        logits_TE if bias_E is None else bias_E.contiguous(),
+        logits_TE if bias_E is None else _from_16_bytes(bias_E),
         experts_TK,
         weights_TK,
         scores_TE,
