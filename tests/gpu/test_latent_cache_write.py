@@ -1,10 +1,18 @@
-"""The writer of the latent cache on a GPU: DeepSeek's sizes, both kinds of cache, and a CUDA graph."""
+"""The writer of the latent cache on a GPU: DeepSeek's sizes, both kinds of cache, a CUDA graph, and the engine."""
+
+from typing import get_args
 
 import pytest
 import torch
 
+from deepwright_core import plugin as core
+from deepwright_core.engine import CacheDtype, Engine, SamplingParams
+from deepwright_core.model.config import ModelConfig
+from deepwright_core.model.transformer import build_model
+from deepwright_core.registry import Registry
 from deepwright_kernels import dispatch, latent_cache_write
 from deepwright_kernels.mla_paged_decode.reference import unpack_fp8_latents
+from deepwright_mla import plugin as mla
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,3 +55,43 @@ def test_a_cuda_graph_writes_where_the_slots_say_at_replay() -> None:
     slots_T.add_(5)
     graph.replay()
     assert torch.equal(cache_NW[5:9], want_TW) and not cache_NW[:5].any()
+
+
+def test_the_engine_answers_from_fp8_latents_nearly_as_from_bfloat16() -> None:
+    """Prefill and decode at DeepSeek's widths, against the training form on the tokens that were drawn."""
+    registry = Registry()
+    core.deepwright_register(registry)
+    mla.deepwright_register(registry)
+    config = ModelConfig(
+        vocab_size=512,
+        hidden_size=256,
+        layers=2,
+        intermediate_size=512,
+        max_positions=512,
+        init_std=0.05,
+        attention={
+            "name": "mla",
+            "heads": 16,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
+        ffn={"name": "dense"},
+    )
+    model = build_model(registry, config, seed=0).to("cuda", torch.bfloat16)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 512, (length,), generator=draw).tolist() for length in (3, 70, 200)]
+    params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+    differences = {}
+    for cache_dtype in get_args(CacheDtype):
+        engine = Engine(model, 0, block_size=64, cache_tokens=2048, max_prefill_tokens=128, cache_dtype=cache_dtype)
+        found = []
+        for prompt, completion in zip(prompts, engine.generate(prompts, params), strict=True):
+            tokens = torch.tensor([prompt + completion.token_ids], device="cuda")
+            with torch.no_grad():
+                rows = model.logits(model(tokens)[0, len(prompt) - 1 : -1]).log_softmax(-1)
+            want = rows.gather(1, tokens[0, len(prompt) :, None])[:, 0].cpu()
+            found.append((torch.tensor(completion.logprobs) - want).abs())
+        differences[cache_dtype] = torch.cat(found).mean().item()
+    assert differences["auto"] < 0.02 and differences["fp8"] < 0.05, differences
