@@ -119,12 +119,15 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The same pretraining in bf16 and in FP8.")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--width", type=int, default=1024, help="hidden size; the other sizes follow from it")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--experts", type=int, default=32)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--steps", type=int, default=500 if gpu else 60)
+    parser.add_argument(
+        "--width", type=int, default=1024 if gpu else 128, help="hidden size; the other sizes follow from it"
+    )
+    parser.add_argument("--layers", type=int, default=12 if gpu else 3)
+    parser.add_argument("--experts", type=int, default=32 if gpu else 8)
     parser.add_argument("--batch", type=int, default=16, help="rows a step")
-    parser.add_argument("--sequence", type=int, default=1024, help="tokens a row")
+    parser.add_argument("--sequence", type=int, default=1024 if gpu else 128, help="tokens a row")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--seed", type=int, default=0)
@@ -151,7 +154,7 @@ def main() -> None:
             print(precision, flush=True)
             results[precision] = train(options, plugins, precision, prepared, root)
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    device = torch.cuda.get_device_name() if gpu else "CPU"
     print(f"\n{device}, {options.steps} steps of {options.batch} x {options.sequence} tokens, width {options.width}")
     print(f"{'':26}{'bf16':>12}{'fp8':>12}{'difference':>12}")
     for name, bf16 in results["bf16"].items():

@@ -1,5 +1,6 @@
 """The self-test: every operator has one, and it finds what is wrong."""
 
+import importlib.util
 import math
 import os
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from deepwright_kernels import dispatch, operators, self_test
 
 CPU = torch.device("cpu")
+MISSING = [name for name in ("triton", "numpy") if importlib.util.find_spec(name) is None]
 
 
 def test_every_operator_has_inputs() -> None:
@@ -89,6 +91,7 @@ def test_deviation(have: list[float], want: list[float], error: float) -> None:
     assert self_test._deviation(torch.tensor(have), torch.tensor(want)) == error
 
 
+@pytest.mark.skipif(bool(MISSING), reason=f"triton's interpreter needs {' and '.join(MISSING)}, which is not installed")
 def test_the_interpreters_kernels_take_part_when_it_is_on() -> None:
     program = """
 import torch
