@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fp8_blocks.reference import E4M3_MAX, SMALLEST_AMAX
+from ..fp8_rows.triton import to_e4m3
 from ..mla_paged_decode.reference import SCALED_LATENTS
 
 VALUES_PER_PROGRAM = 4096
@@ -64,7 +65,7 @@ def _kernel(
         latent_TSG = tl.reshape(latent_TC.to(tl.float32), (BLOCK_T, BLOCK_C // GROUP, GROUP))
         amax_TS = tl.maximum(tl.max(tl.abs(latent_TSG), axis=2), SMALLEST)
         scale_TS = tl.div_rn(amax_TS, LARGEST)
-        values_TSG = (latent_TSG * tl.div_rn(1.0, scale_TS)[:, :, None]).to(tl.float8e4nv)
+        values_TSG = to_e4m3(latent_TSG * tl.div_rn(1.0, scale_TS)[:, :, None])
         bytes_TC = tl.reshape(values_TSG, (BLOCK_T, BLOCK_C)).to(tl.uint8, bitcast=True)
         tl.store(cache_ptr + (slot_T * cache_stride)[:, None] + column_C[None, :], bytes_TC, mask=inside_TC)
         group_S = tl.arange(0, BLOCK_C // GROUP)
