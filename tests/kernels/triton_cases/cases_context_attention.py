@@ -28,11 +28,14 @@ def context(
     return lambda begin, end: (k[:, begin:end], v[:, begin:end]), size, positions_BQ, lengths_B
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("step", [8, 1000], ids=["slices", "one slice"])
 @pytest.mark.parametrize(
-    ("lengths", "queries", "heads", "kv_heads", "width", "value_width"),
-    [([1], 1, 1, 1, 16, 16), ([30, 5, 0], 9, 2, 1, 24, 12), ([21], 18, 2, 2, 48, 32)],
+    ("lengths", "queries", "heads", "kv_heads", "width", "value_width", "step", "dtype"),
+    [
+        ([1], 1, 1, 1, 16, 16, 1000, torch.float32),
+        ([30, 5, 0], 9, 2, 1, 24, 12, 1000, torch.float32),
+        ([30, 5, 0], 9, 2, 1, 24, 12, 17, torch.float32),
+        ([21], 18, 1, 1, 48, 32, 8, torch.bfloat16),
+    ],
 )
 def test_context_attention(
     lengths: list[int],

@@ -21,14 +21,17 @@ def starts_of(lengths: list[list[int]]) -> Tensor:
 CASES = {
     "one token": (1, 1, 1, 16, 16, None),
     "one document": (37, 2, 1, 24, 16, None),
-    "split width, short documents": (35, 2, 2, 48, 32, [[3, 1, 20, 11], [35]]),
-    "groups, odd widths": (33, 4, 2, 20, 12, [[16, 17], [1, 32]]),
+    "split width, short documents": (35, 1, 1, 48, 32, [[3, 1, 20, 11], [35]]),
+    "groups, odd widths": (33, 2, 1, 20, 12, [[16, 17]]),
     "value wider than key": (18, 1, 1, 16, 40, [[9, 9]]),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.float32) for case in CASES] + [("split width, short documents", torch.bfloat16)],
+    ids=str,
+)
 def test_output_and_gradients(case: str, dtype: torch.dtype) -> None:
     size, heads, kv_heads, width, value_width, lengths = CASES[case]
     batch = len(lengths) if lengths else 1
@@ -44,19 +47,19 @@ def test_output_and_gradients(case: str, dtype: torch.dtype) -> None:
 
 def test_views_and_expanded_gradients() -> None:
     """Values that are a part of a wider tensor, transposed queries, and the gradient of a sum."""
-    wide = draw(2, 20, 2, 48, grad=True)
+    wide = draw(1, 20, 2, 48, grad=True)
     k, v = wide.split([16, 32], -1)
-    q = draw(2, 2, 20, 16, grad=True).transpose(1, 2)
-    upstream = torch.ones((), device=DEVICE).expand(2, 20, 2, 32)
+    q = draw(1, 2, 20, 16, grad=True).transpose(1, 2)
+    upstream = torch.ones((), device=DEVICE).expand(1, 20, 2, 32)
     want, have = both("packed_attention", (q, k, v, None, 0.25), (q, wide), upstream)
     for a, b in zip(have, want, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE[torch.float32])
 
 
 def test_a_sliding_window() -> None:
-    q, k, v = (draw(1, 50, 1, 16, grad=True) for _ in range(3))
-    starts_BS = (torch.arange(50, device=DEVICE)[None] - 6).clamp(min=0)
-    want, have = both("packed_attention", (q, k, v, starts_BS, 0.25), (q, k, v), draw(1, 50, 1, 16))
+    q, k, v = (draw(1, 40, 1, 16, grad=True) for _ in range(3))
+    starts_BS = (torch.arange(40, device=DEVICE)[None] - 6).clamp(min=0)
+    want, have = both("packed_attention", (q, k, v, starts_BS, 0.25), (q, k, v), draw(1, 40, 1, 16))
     for a, b in zip(have, want, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE[torch.float32])
 
@@ -68,8 +71,8 @@ def test_huge_scores() -> None:
 
 
 def test_the_same_bits_in_every_run() -> None:
-    q, k, v = (draw(1, 40, 2, 16, grad=True) for _ in range(3))
-    starts_BS, upstream = starts_of([[7, 33]]), draw(1, 40, 2, 16)
+    q, k, v = (draw(1, 30, 1, 16, grad=True) for _ in range(3))
+    starts_BS, upstream = starts_of([[7, 23]]), draw(1, 30, 1, 16)
     runs = []
     for _ in range(2):
         out = packed_attention(q, k, v, starts_BS, 0.25)
@@ -85,7 +88,7 @@ def test_nothing() -> None:
 
 
 def test_the_rules_of_torch() -> None:
-    q, k, v = draw(1, 18, 2, 16, grad=True), draw(1, 18, 1, 16, grad=True), draw(1, 18, 1, 16, grad=True)
+    q, k, v = (draw(1, 5, 1, 16, grad=True) for _ in range(3))
     operator = torch.ops.deepwright.packed_attention.default
     dispatch.load("packed_attention", "triton")
-    torch.library.opcheck(operator, (q, k, v, starts_of([[8, 10]]), 0.25), test_utils=OPCHECKS)
+    torch.library.opcheck(operator, (q, k, v, starts_of([[2, 3]]), 0.25), test_utils=OPCHECKS)

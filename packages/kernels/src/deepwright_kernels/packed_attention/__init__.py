@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
@@ -31,16 +32,28 @@ def _triton_needs(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, starts_BS: Ten
     return None if width <= WIDEST else f"a width is {width} and its tiles take at most {WIDEST}"
 
 
+def _cuda_needs(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, starts_BS: Tensor | None, scale: float) -> str | None:
+    width, value_width = q_BSHK.shape[-1], v_BSGV.shape[-1]
+    if q_BSHK.dtype != torch.bfloat16:
+        return f"the tensors are {str(q_BSHK.dtype).removeprefix('torch.')} and its products are made in bfloat16"
+    if width not in (64, 128, 192) or value_width not in (64, 128) or value_width > width:
+        return (
+            f"the widths are {width} and {value_width}, where it takes 64, 128 or 192 and 64 or 128, keys no narrower"
+        )
+    return None
+
+
 dispatch.operator(
     NAME,
     {
         "reference": f"{__name__}.reference:packed_attention",
         "triton": f"{__name__}.triton:packed_attention",
         "torch": f"{__name__}.fused_sdpa:packed_attention",
+        "cuda": f"{__name__}.hopper:packed_attention",
     },
     cuda=_fastest_on_cuda,
     elsewhere=("torch", "reference"),
-    needs={"triton": _triton_needs},
+    needs={"triton": _triton_needs, "cuda": _cuda_needs},
 )
 
 

@@ -395,9 +395,9 @@ def widths(key_width: int, value_width: int) -> dict[str, int | bool]:
 
 # BLOCK_M, BLOCK_N, num_warps, num_stages
 TILES = {
-    "forward": (128, 128, 8, 2),
-    "query_gradient": (128, 64, 8, 2),
-    "key_gradient": (64, 128, 8, 2),
+    "forward": (64, 64, 4, 2),
+    "query_gradient": (128, 32, 8, 3),
+    "key_gradient": (32, 64, 4, 2),
 }
 
 
@@ -407,12 +407,10 @@ def tiles(kernel: str, q_BSHK: Tensor, value_width: int) -> dict[str, int]:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     if q_BSHK.dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-    roomy = torch.cuda.get_device_properties(q_BSHK.device).shared_memory_per_block_optin >= 200 * 1024
+    roomy = torch.cuda.get_device_capability(q_BSHK.device)[0] in (9, 10)  # 227 KiB of shared memory a processor
     if not roomy or q_BSHK.shape[-1] + value_width > 320:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2 if roomy else 1}
     block_m, block_n, warps, stages = TILES[kernel]
-    if kernel == "forward" and q_BSHK.shape[1] <= 64:
-        block_m, block_n, warps, stages = 64, 64, 4, 2
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
@@ -437,6 +435,13 @@ def describable(tensor: Tensor) -> Tensor:
         return tensor
     width = tensor.shape[-1]
     return functional.pad(tensor, (0, -width % step))[..., :width] if width % step else tensor.contiguous().clone()
+
+
+def ends_of(starts_BS: Tensor) -> Tensor:
+    """The first query that does not see a key any more: key n is seen by the queries n .. ends[n] - 1, because query s
+    sees it where starts[s] <= n <= s, and starts never decrease."""
+    index_BS = torch.arange(starts_BS.shape[1], dtype=starts_BS.dtype, device=starts_BS.device).expand(starts_BS.shape)
+    return torch.searchsorted(starts_BS.contiguous(), index_BS.contiguous(), right=True, out_int32=True)
 
 
 def precision(tensor: Tensor) -> str:
@@ -532,11 +537,7 @@ def _backward(
     if not out_BSHV.numel():
         return dq, dk, dv
     grad, q, k, v = (describable(t) for t in (grad, q_BSHK, k_BSGK, v_BSGV))
-    ends_BS = None
-    if starts_BS is not None:
-        # Query s sees key n where starts[s] <= n <= s, and starts never decrease: a key's queries end where they pass.
-        index_BS = torch.arange(rows, dtype=starts_BS.dtype, device=q.device).expand(batch, rows).contiguous()
-        ends_BS = torch.searchsorted(starts_BS.contiguous(), index_BS, right=True, out_int32=True)
+    ends_BS = None if starts_BS is None else ends_of(starts_BS)
     delta_BHS = torch.empty_like(sums_BHS)
     cut = widths(key_width, value_width)
     shared = {**cut, "STARTS": starts_BS is not None, "PRECISION": precision(q)}
