@@ -14,7 +14,7 @@ SCALE = 192**-0.5
 
 
 def relative(have: Tensor, want: Tensor) -> float:
-    return float((have.float() - want.float()).norm() / want.float().norm())
+    return float((have.detach().float() - want.detach().float()).norm() / want.detach().float().norm())
 
 
 def drawn(batch: int, size: int, heads: int, kv_heads: int, widths: tuple[int, int] = (192, 128)) -> list[Tensor]:
@@ -30,7 +30,7 @@ def packed_starts(batch: int, size: int) -> Tensor:
     return torch.nn.functional.pad(edges, (1, 0)).gather(1, after)
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "widths", "size"),
@@ -41,6 +41,8 @@ def test_output_and_gradients(
 ) -> None:
     q, k, v = drawn(2, size, heads, kv_heads, widths)
     starts = packed_starts(2, size) if packed else None
+    if backend == "cuda" and (torch.cuda.get_device_capability() != (9, 0) or max(widths) > 192):
+        pytest.skip("these kernels are for Hopper, and for widths up to 192")
     upstream = torch.randn(2, size, heads, widths[1], device="cuda").bfloat16()
     want = dispatch.load("packed_attention", "reference")(q, k, v, starts, widths[0] ** -0.5)
     with configure({"packed_attention": backend}):
