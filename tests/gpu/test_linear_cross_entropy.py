@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepwright_kernels import backend_for, dispatch, linear_cross_entropy
+from deepwright_kernels import backend_for, dispatch, linear_cross_entropy, weighted_linear_cross_entropy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,3 +95,49 @@ def test_inductor_goes_through_it_whole() -> None:
     have = torch.autograd.grad(torch.compile(mean, fullgraph=True)(*leaves), leaves)
     for a, b in zip(have, torch.autograd.grad(mean(*leaves), leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=0.01, atol=1e-3)
+
+
+def test_a_weighted_sum_takes_an_eighth_of_the_logits_too() -> None:
+    tokens, vocabulary = 16384, 129280
+    hidden_TD, weight_VD, targets_T = sample(tokens, 2048, vocabulary, torch.bfloat16)
+    token_weights_T = torch.linspace(-1, 2, tokens, device="cuda")
+    leaves = (hidden_TD, weight_VD)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = weighted_linear_cross_entropy(hidden_TD, weight_VD, targets_T, token_weights_T)
+    have = torch.autograd.grad(loss, leaves)
+    torch.cuda.synchronize()
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    assert (torch.cuda.max_memory_allocated() - before - gradients) * 8 <= tokens * vocabulary * 2
+    losses_T, _ = dispatch.load("linear_cross_entropy", "torch")(hidden_TD, weight_VD, targets_T)
+    want = torch.autograd.grad(losses_T, leaves, token_weights_T)
+    torch.testing.assert_close(loss, losses_T @ token_weights_T, rtol=1e-4, atol=1e-3)
+    for a, b in zip(have, want, strict=True):
+        assert (a.float() - b.float()).norm() / b.float().norm() < 1e-2
+
+
+def test_a_weighted_sum_in_a_cuda_graph_and_through_inductor() -> None:
+    hidden_TD, weight_VD, targets_T = sample(512, 256, 40000, torch.bfloat16)
+    token_weights_T = torch.linspace(-1, 2, 512, device="cuda")
+    leaves = (hidden_TD, weight_VD)
+
+    def loss(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        return weighted_linear_cross_entropy(hidden_TD * 2, weight_VD, targets_T, token_weights_T) * 3
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(*leaves), leaves)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    want = step()
+    for a, b in zip(captured, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    have = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=1e-2)
