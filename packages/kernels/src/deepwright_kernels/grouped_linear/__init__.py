@@ -49,8 +49,8 @@ dispatch.operator(
 def grouped_linear(x_TK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
     """x_TK [T, K] in group order, weight_ENK [E, N, K], offsets_E [E] int32 ends of the groups -> y_TN [T, N].
 
-    Group e is the rows offsets[e-1] .. offsets[e]; it may be empty. Nothing is checked about the offsets' values, because
-    that would make the host wait for the device. Rows past the last offset may hold anything.
+    Group e is the rows offsets[e-1] .. offsets[e]; it may be empty. Nothing is checked about the offsets' values,
+    because that would make the host wait for the device. Rows past the last offset may hold anything.
     """
     x_TK, weight_ENK = in_autocast_dtype(x_TK, weight_ENK)
     require_shape(NAME, "x_TK", x_TK, (None, None), "[T, K]")
