@@ -105,7 +105,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     rows = min(MOST_ROWS, 1 << max(0, fitting.bit_length() - 1))
     block_heads = min(triton.next_power_of_2(heads), rows)
     block_tokens = min(triton.next_power_of_2(tokens), rows // block_heads)
-    values = block_tokens * block_heads * (2 * block_pairs + block_kept)
+    values = triton.next_power_of_2(block_tokens * block_heads * (2 * block_pairs + block_kept))
     _kernel[(triton.cdiv(tokens, block_tokens), triton.cdiv(heads, block_heads))](
         x_0THD,
         cos_0THF,
