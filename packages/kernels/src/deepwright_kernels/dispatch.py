@@ -265,10 +265,15 @@ def _why_not_cuda(tensor: Tensor) -> str | None:
         return "this is a ROCm build of torch; its kernels are for Hopper GPUs (compute capability 9.0)"
     if not (_installed("cuda") and _installed("cuda.bindings")):
         return "the package cuda-bindings is not installed, which compiles and starts its kernels"
-    present = capability(tensor.device.index or 0)
-    if present != (9, 0):
-        return "the device has compute capability {}.{}; its kernels are for 9.0 (Hopper)".format(*present)
-    return None
+    return _why_not_hopper(tensor.device.index or 0)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot compare the tuple that another constant function gives
+def _why_not_hopper(index: int) -> str | None:
+    present = capability(index)
+    if present == (9, 0):
+        return None
+    return "the device has compute capability {}.{}; its kernels are for 9.0 (Hopper)".format(*present)
 
 
 def _say_once(name: str, backend: str, reason: str) -> None:
