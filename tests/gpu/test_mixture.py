@@ -60,7 +60,8 @@ def test_moves_and_their_gradients(width: int, alignment: int) -> None:
         )
         sides.append((x_RD, out_TD, *gradients))
     for want, have in zip(*sides, strict=True):
-        assert (have.float() - want.float()).norm() <= 4e-3 * want.float().norm()
+        # The reference's own gradient adds up in bfloat16.
+        assert (have.float() - want.float()).norm() <= 1e-2 * want.float().norm()
 
 
 @hopper

@@ -41,7 +41,7 @@ def test_route(backend: str, shape: tuple) -> None:
     want, have = sides
     # Exponentials differ in the last bit between a compiler and torch, and with them a choice between near equals.
     same_T = (have[0] == want[0]).all(1)
-    assert (~same_T).sum() <= max(1, tokens // 1000)
+    assert (~same_T).sum() <= max(1, tokens // 100)
     assert torch.equal(have[3], have[0].flatten().bincount(minlength=experts))
     for a, b in ((have[1][same_T], want[1][same_T]), (have[2], want[2]), (have[4][same_T], want[4][same_T])):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -1,12 +1,12 @@
-"""A linear layer for each group of rows as persistent Triton kernels: forward, gradient of the rows, of the weights.
+"""A linear layer for each group of rows as a persistent Triton kernel, forward and for the gradient of the rows.
 
 A fixed number of programs share the tiles of all groups. Which tiles there are is found on the device from the ends of
 the groups: a prefix sum over tiles per group says which group a tile belongs to, so the host never reads an end. A tile
 belongs to one group only; its rows beyond the group's end are computed and not stored.
 
-Operands come through TMA descriptors, which clear what lies outside a tensor. The gradient of the weights, whose sum
-runs over a group's rows, takes whole blocks of rows first; the last one, which may reach into the next group, is
-cleared there in registers.
+Operands come through TMA descriptors, which clear what lies outside a tensor. The gradient of the weights is torch's
+grouped product: groups that end anywhere cut the summed dimension there, and a Triton kernel that masks the last block
+of it was slower.
 
 Shapes: T rows in group order, E groups, K inputs, N outputs; tiles of M rows, J outputs, R of the summed dimension.
 """
@@ -15,13 +15,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..direct import direct
 
 BAND = 8
 PROGRAMS_ON_CPU = 3  # the interpreter runs them one after another
-TILE = {"BLOCK_M": 128, "BLOCK_J": 256, "BLOCK_R": 64, "num_warps": 8, "num_stages": 4}
-WEIGHTS_TILE = {"BLOCK_M": 128, "BLOCK_J": 128, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3}
-TILE_ON_CPU = {"BLOCK_M": 16, "BLOCK_J": 32, "BLOCK_R": 16}
+# Flattened, the loop over tiles and the one over the summed dimension are pipelined as one: the next tile is being read
+# while a tile is written. Where sums are long there is little to hide, and the plain loops keep more registers.
+TILE = {"BLOCK_M": 128, "BLOCK_J": 256, "BLOCK_R": 64, "num_warps": 8, "num_stages": 4, "FLATTEN": True}
+LONG_SUM = 4096
+LONG_SUM_TILE = {**TILE, "num_stages": 3, "FLATTEN": False}
+# With few rows for each group the time goes to reading weights.
+FEW_ROWS = 64
+FEW_ROWS_TILE = {"BLOCK_M": 64, "BLOCK_J": 128, "BLOCK_R": 128, "num_warps": 4, "num_stages": 4, "FLATTEN": True}
+TILE_ON_CPU = {"BLOCK_M": 16, "BLOCK_J": 32, "BLOCK_R": 16, "FLATTEN": False}
 
 
 @triton.jit
@@ -62,7 +71,7 @@ def _rows_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    FLATTEN: tl.constexpr = False,
+    FLATTEN: tl.constexpr,
 ):
     """y = x · weightᵀ (weight [E, outputs, inputs]), or x · weight where TRANSPOSED (weight [E, inputs, outputs])."""
     tiles_E, tile_ends_E = group_tiles(ends_ptr, BLOCK_M, GROUPS, BLOCK_E)
@@ -89,52 +98,11 @@ def _rows_kernel(
         )
 
 
-@triton.jit
-def _weights_kernel(
-    grad_desc,
-    x_desc,
-    grad_weight_ptr,
-    ends_ptr,
-    outputs,
-    inputs,
-    GROUPS: tl.constexpr,
-    BAND: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """grad_weight[e] = gradᵀ · x over the rows of group e; zero where it has none."""
-    tiles_m, tiles_j = tl.cdiv(outputs, BLOCK_M), tl.cdiv(inputs, BLOCK_J)
-    for tile in range(tl.program_id(0), GROUPS * tiles_m * tiles_j, tl.num_programs(0)):
-        group, inner = tile // (tiles_m * tiles_j), tile % (tiles_m * tiles_j)
-        band = inner // (BAND * tiles_j)
-        height = tl.minimum(tiles_m - band * BAND, BAND)
-        inner = inner % (BAND * tiles_j)
-        output, column = (band * BAND + inner % height) * BLOCK_M, inner // height * BLOCK_J
-        end = tl.load(ends_ptr + group)
-        start = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
-        whole = start + (end - start) // BLOCK_R * BLOCK_R
-        sum_MJ = tl.zeros((BLOCK_M, BLOCK_J), dtype=tl.float32)
-        for first in range(start, whole, BLOCK_R):
-            sum_MJ = tl.dot(grad_desc.load([first, output]).T, x_desc.load([first, column]), sum_MJ)
-        if whole < end:
-            # Both operands: what lies in other groups' rows may be no number at all, and 0 · nan is nan.
-            inside_R = (whole + tl.arange(0, BLOCK_R) < end)[:, None]
-            grad_RM = tl.where(inside_R, grad_desc.load([whole, output]), 0.0)
-            x_RJ = tl.where(inside_R, x_desc.load([whole, column]), 0.0)
-            sum_MJ = tl.dot(grad_RM.T, x_RJ, sum_MJ)
-        output_M, column_J = output + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_J)
-        tl.store(
-            grad_weight_ptr + (tl.cast(group, tl.int64) * outputs + output_M)[:, None] * inputs + column_J[None, :],
-            sum_MJ.to(grad_weight_ptr.dtype.element_ty),
-            mask=(output_M < outputs)[:, None] & (column_J < inputs)[None, :],
-        )
-
-
-def programs(device: torch.device, per_processor: int = 1) -> int:
+def programs(device: torch.device) -> int:
+    """One for each processor."""
     if device.type != "cuda":
         return PROGRAMS_ON_CPU
-    return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -156,7 +124,12 @@ def multiply_rows(x_TR: Tensor, weight_EAB: Tensor, ends_E: Tensor, transposed: 
     if not y_TJ.numel():
         return y_TJ
     x_TR, weight_EAB = operands(x_TR, weight_EAB)
-    tile = TILE if x_TR.is_cuda else TILE_ON_CPU
+    if not x_TR.is_cuda:
+        tile = TILE_ON_CPU
+    elif len(x_TR) <= FEW_ROWS * groups:
+        tile = FEW_ROWS_TILE
+    else:
+        tile = TILE if transposed or inputs < LONG_SUM else LONG_SUM_TILE
     weight_box = [1, tile["BLOCK_R"], tile["BLOCK_J"]] if transposed else [1, tile["BLOCK_J"], tile["BLOCK_R"]]
     _rows_kernel[(programs(x_TR.device),)](
         TensorDescriptor.from_tensor(x_TR, [tile["BLOCK_M"], tile["BLOCK_R"]]),
@@ -174,31 +147,11 @@ def multiply_rows(x_TR: Tensor, weight_EAB: Tensor, ends_E: Tensor, transposed: 
     return y_TJ
 
 
-def multiply_groups(grad_TN: Tensor, x_TK: Tensor, ends_E: Tensor) -> Tensor:
-    """gradᵀ · x over each group's rows. [E, N, K]."""
-    groups, outputs, inputs = len(ends_E), grad_TN.shape[1], x_TK.shape[1]
-    grad_weight_ENK = torch.empty(groups, outputs, inputs, dtype=x_TK.dtype, device=x_TK.device)
-    if not x_TK.shape[0]:
-        return grad_weight_ENK.zero_()
-    grad_TN, x_TK = operands(grad_TN, x_TK)
-    tile = WEIGHTS_TILE if x_TK.is_cuda else TILE_ON_CPU
-    _weights_kernel[(programs(x_TK.device, 2),)](
-        TensorDescriptor.from_tensor(grad_TN, [tile["BLOCK_R"], tile["BLOCK_M"]]),
-        TensorDescriptor.from_tensor(x_TK, [tile["BLOCK_R"], tile["BLOCK_J"]]),
-        grad_weight_ENK,
-        ends_E.contiguous(),
-        outputs,
-        inputs,
-        GROUPS=groups,
-        BAND=BAND,
-        **tile,
-    )
-    return grad_weight_ENK
-
-
-@torch.library.custom_op("deepwright::grouped_linear", mutates_args=())
-def _grouped_linear(x_TK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
+def _launch(x_TK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
     return multiply_rows(x_TK, weight_ENK, ends_E, transposed=False)
+
+
+_grouped_linear = torch.library.custom_op("deepwright::grouped_linear", _launch, mutates_args=())
 
 
 @_grouped_linear.register_fake
@@ -216,14 +169,11 @@ def _(grad_TN: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
     return grad_TN.new_empty(grad_TN.shape[0], weight_ENK.shape[2])
 
 
-@torch.library.custom_op("deepwright::grouped_linear_weights_backward", mutates_args=())
 def weights_backward(grad_TN: Tensor, x_TK: Tensor, ends_E: Tensor) -> Tensor:
-    return multiply_groups(grad_TN, x_TK, ends_E)
-
-
-@weights_backward.register_fake
-def _(grad_TN: Tensor, x_TK: Tensor, ends_E: Tensor) -> Tensor:
-    return x_TK.new_empty(ends_E.shape[0], grad_TN.shape[1], x_TK.shape[1])
+    """gradᵀ · x over each group's rows, by torch's product. [E, N, K]."""
+    if not len(x_TK):
+        return x_TK.new_zeros(len(ends_E), grad_TN.shape[1], x_TK.shape[1])
+    return functional.grouped_mm(grad_TN.contiguous().t(), x_TK.contiguous(), offs=ends_E)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -242,4 +192,4 @@ _grouped_linear.register_autograd(_gradients, setup_context=_keep)
 
 def grouped_linear(x_TK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
     """Row t of group e becomes x_t · weight_eᵀ."""
-    return _grouped_linear(x_TK, weight_ENK, offsets_E)
+    return (_launch if direct(x_TK, weight_ENK) else _grouped_linear)(x_TK, weight_ENK, offsets_E)

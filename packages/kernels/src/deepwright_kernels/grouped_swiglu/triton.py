@@ -19,8 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..direct import direct
 from ..grouped_linear.triton import (
     BAND,
+    FEW_ROWS,
+    LONG_SUM,
     group_tiles,
     operands,
     place_of,
@@ -30,8 +33,10 @@ from ..grouped_linear.triton import (
 )
 from ..token_permutation.moving import permute, sum_copies
 
-TILE = {"BLOCK_M": 128, "BLOCK_J": 128, "BLOCK_S": 64, "num_warps": 8, "num_stages": 3}
-TILE_ON_CPU = {"BLOCK_M": 16, "BLOCK_J": 16, "BLOCK_S": 16}
+TILE = {"BLOCK_M": 128, "BLOCK_J": 128, "BLOCK_S": 64, "num_warps": 8, "num_stages": 3, "FLATTEN": True}
+LONG_SUM_TILE = {**TILE, "FLATTEN": False}
+FEW_ROWS_TILE = {"BLOCK_M": 64, "BLOCK_J": 64, "BLOCK_S": 128, "num_warps": 4, "num_stages": 4, "FLATTEN": False}
+TILE_ON_CPU = {"BLOCK_M": 16, "BLOCK_J": 16, "BLOCK_S": 16, "FLATTEN": False}
 LARGEST_BLOCK = 4096
 
 
@@ -108,8 +113,7 @@ def _activation_backward_kernel(grad_ptr, gate_up_ptr, grad_gate_up_ptr, width, 
     tl.store(out_ptr_I + width, grad_up_I.to(grad_gate_up_ptr.dtype.element_ty), mask=inside_I)
 
 
-@torch.library.custom_op("deepwright::grouped_swiglu", mutates_args=())
-def _swiglu(
+def _launch(
     x_TD: Tensor, gate_up_EID: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
     groups, width, inputs = gate_up_EID.shape[0], gate_up_EID.shape[1] // 2, gate_up_EID.shape[2]
@@ -119,7 +123,12 @@ def _swiglu(
     if not h_RI.numel() or not len(x_TD):
         return h_RI, kept_RI
     x_TD, gate_up_EID = operands(x_TD, gate_up_EID)
-    tile = TILE if x_TD.is_cuda else TILE_ON_CPU
+    if not x_TD.is_cuda:
+        tile = TILE_ON_CPU
+    elif rows <= FEW_ROWS * groups:
+        tile = FEW_ROWS_TILE
+    else:
+        tile = TILE if inputs < LONG_SUM else LONG_SUM_TILE
     _swiglu_kernel[(programs(x_TD.device),)](
         x_TD,
         order_R,
@@ -137,10 +146,12 @@ def _swiglu(
         EVEN=inputs % tile["BLOCK_S"] == 0,
         BAND=BAND,
         BLOCK_E=triton.next_power_of_2(groups),
-        FLATTEN=False,
         **tile,
     )
     return h_RI, kept_RI
+
+
+_swiglu = torch.library.custom_op("deepwright::grouped_swiglu", _launch, mutates_args=())
 
 
 @_swiglu.register_fake
@@ -197,5 +208,7 @@ _swiglu.register_autograd(_gradients, setup_context=_keep)
 
 def grouped_swiglu(x_TD: Tensor, gate_up_EID: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor) -> Tensor:
     """silu(x · gateᵀ) · (x · upᵀ) of each row's own expert."""
+    if direct(x_TD, gate_up_EID):
+        return _launch(x_TD, gate_up_EID, order_R, place_TK, ends_E, False)[0]
     keep = torch.is_grad_enabled() and (x_TD.requires_grad or gate_up_EID.requires_grad)
     return _swiglu(x_TD, gate_up_EID, order_R, place_TK, ends_E, keep)[0]

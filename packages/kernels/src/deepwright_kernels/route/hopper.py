@@ -5,12 +5,14 @@ Shapes: T tokens, E experts, K choices.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..cuda_source import kernel
+from ..cuda_source import Kernel, kernel
+from ..direct import direct
 from . import triton as portable
 
 SOURCE = Path(__file__).with_name("hopper.cu")
@@ -26,8 +28,42 @@ def _from_16_bytes(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-@torch.library.custom_op("deepwright::route_hopper", mutates_args=())
-def _route(
+@cache
+def _kernel(
+    device: torch.device,
+    experts: int,
+    few: bool,
+    biased: bool,
+    top_k: int,
+    sigmoid: bool,
+    groups: int,
+    top_groups: int,
+    group_best: int,
+    normalise: bool,
+) -> tuple[Kernel, int, int]:
+    """(kernel, blocks, threads of a block)."""
+    threads = _threads(experts)
+    defines = {
+        "EXPERTS": experts,
+        "GROUPS": groups if top_groups < groups else 1,
+        "TOP_GROUPS": top_groups if top_groups < groups else 1,
+        "GROUP_BEST": group_best,
+        "TOP_K": top_k,
+        "SIGMOID": int(sigmoid),
+        "NORMALISE": int(normalise),
+        "HAS_BIAS": int(biased),
+        "THREADS": threads,
+        "FEW": FEW_BLOCKS if few else 0,
+    }
+    blocks = FEW_BLOCKS if few else torch.cuda.get_device_properties(device).multi_processor_count
+    return kernel(SOURCE, "route", defines, 0, device), blocks, threads
+
+
+def _threads(experts: int) -> int:
+    return THREADS if experts <= LONG_ROW else THREADS // 2
+
+
+def _launch(
     logits_TE: Tensor,
     bias_E: Tensor | None,
     top_k: int,
@@ -44,25 +80,12 @@ def _route(
     experts_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
     weights_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
     scores_TE = torch.empty_like(logits_TE)
-    threads = THREADS if experts <= LONG_ROW else THREADS // 2
-    few = tokens <= FEW_BLOCKS * threads // 32
+    few = tokens <= FEW_BLOCKS * _threads(experts) // 32
     counts_E = (torch.empty if few else torch.zeros)(experts, dtype=torch.int64, device=device)
-    if top_groups == groups:
-        groups = top_groups = 1
-    defines = {
-        "EXPERTS": experts,
-        "GROUPS": groups,
-        "TOP_GROUPS": top_groups,
-        "GROUP_BEST": group_best,
-        "TOP_K": top_k,
-        "SIGMOID": int(sigmoid),
-        "NORMALISE": int(normalise),
-        "HAS_BIAS": int(bias_E is not None),
-        "THREADS": threads,
-        "FEW": FEW_BLOCKS if few else 0,
-    }
-    blocks = FEW_BLOCKS if few else torch.cuda.get_device_properties(device).multi_processor_count
-    kernel(SOURCE, "route", defines, 0, device).launch(
+    function, blocks, threads = _kernel(
+        device, experts, few, bias_E is not None, top_k, sigmoid, groups, top_groups, group_best, normalise
+    )
+    function.launch(
         (blocks, 1, 1),
         (threads, 1, 1),
         logits_TE,
@@ -77,6 +100,7 @@ def _route(
     return experts_TK, weights_TK, scores_TE, counts_E
 
 
+_route = torch.library.custom_op("deepwright::route_hopper", _launch, mutates_args=())
 _route.register_fake(portable.shapes)
 _route.register_autograd(portable.gradients, setup_context=portable.keep)
 
@@ -93,4 +117,5 @@ def route(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the operator's docstring."""
-    return _route(logits_TE, bias_E, top_k, scoring == "sigmoid", groups, top_groups, group_best, normalise, scaling)
+    call = _launch if direct(logits_TE, bias_E) else _route
+    return call(logits_TE, bias_E, top_k, scoring == "sigmoid", groups, top_groups, group_best, normalise, scaling)

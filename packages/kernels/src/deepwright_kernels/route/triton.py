@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..direct import direct
+
 ROWS = 16
 PROGRAMS_PER_PROCESSOR = 2
 PROGRAMS_ON_CPU = 2  # the interpreter runs them one after another
@@ -189,8 +191,7 @@ def _tile(experts: int, tokens: int) -> tuple[int, int]:
     return min(rows, max(1, triton.next_power_of_2(triton.cdiv(tokens, 128)))), rows
 
 
-@torch.library.custom_op("deepwright::route", mutates_args=())
-def _route(
+def _launch(
     logits_TE: Tensor,
     bias_E: Tensor | None,
     top_k: int,
@@ -237,6 +238,9 @@ def _route(
         num_warps=rows,
     )
     return experts_TK, weights_TK, scores_TE, counts_E
+
+
+_route = torch.library.custom_op("deepwright::route", _launch, mutates_args=())
 
 
 @_route.register_fake
@@ -344,4 +348,5 @@ def route(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the operator's docstring."""
-    return _route(logits_TE, bias_E, top_k, scoring == "sigmoid", groups, top_groups, group_best, normalise, scaling)
+    call = _launch if direct(logits_TE, bias_E) else _route
+    return call(logits_TE, bias_E, top_k, scoring == "sigmoid", groups, top_groups, group_best, normalise, scaling)

@@ -14,7 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST_BLOCK = 8192
+from ..direct import direct
+
+# A row, or a piece of it: 16 bytes a thread four times over, for four warps.
+LARGEST_BLOCK = 2048
 GAP_ROWS = 32
 
 
@@ -128,7 +131,6 @@ def _gather_backward_kernel(
 
 
 def _block(width: int) -> dict[str, int]:
-    """A row in one piece, 16 bytes a thread and up to four such pieces."""
     block = min(LARGEST_BLOCK, triton.next_power_of_2(width))
     return {"BLOCK_D": block, "num_warps": min(8, max(1, block // 512))}
 
@@ -141,8 +143,7 @@ def _rows(x_RD: Tensor) -> Tensor:
     return x_RD if x_RD.stride(-1) == 1 else x_RD.contiguous()
 
 
-@torch.library.custom_op("deepwright::permute", mutates_args=())
-def _permute(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
+def _spread(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
     (tokens, copies), rows, width = place_TK.shape, len(order_R), x_TD.shape[1]
     x_TD = _rows(x_TD)
     out_RD = torch.empty(rows, width, dtype=x_TD.dtype, device=x_TD.device)
@@ -163,13 +164,15 @@ def _permute(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
     return out_RD
 
 
+_permute = torch.library.custom_op("deepwright::permute", _spread, mutates_args=())
+
+
 @_permute.register_fake
 def _(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
     return x_TD.new_empty(order_R.shape[0], x_TD.shape[1])
 
 
-@torch.library.custom_op("deepwright::unpermute", mutates_args=())
-def _unpermute(y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+def _gather(y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     (tokens, copies), width = place_TK.shape, y_RD.shape[1]
     y_RD = _rows(y_RD)
     out_TD = torch.empty(tokens, width, dtype=y_RD.dtype, device=y_RD.device)
@@ -186,6 +189,9 @@ def _unpermute(y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tens
             **_block(width),
         )
     return out_TD
+
+
+_unpermute = torch.library.custom_op("deepwright::unpermute", _gather, mutates_args=())
 
 
 @_unpermute.register_fake
@@ -254,14 +260,14 @@ _unpermute.register_autograd(_weighted_gradients, setup_context=_keep_all)
 
 def permute(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
     """Each token's row at the places of its copies, zeros in the gaps."""
-    return _permute(x_TD, order_R, place_TK)
+    return (_spread if direct(x_TD) else _permute)(x_TD, order_R, place_TK)
 
 
 def unpermute(y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Σ_k weights[t, k] · y[place[t, k]], in float32."""
-    return _unpermute(y_RD, order_R, place_TK, weights_TK)
+    return (_gather if direct(y_RD, weights_TK) else _unpermute)(y_RD, order_R, place_TK, weights_TK)
 
 
 def sum_copies(y_RD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
     """Σ_k y[place[t, k]], in float32: the gradient of `permute`."""
-    return _unpermute(y_RD, order_R, place_TK, None)
+    return (_gather if direct(y_RD) else _unpermute)(y_RD, order_R, place_TK, None)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..direct import direct
+
 FEW_COPIES = 8192
 BLOCK_COPIES = 128
 SCAN_ROWS = 256
@@ -153,8 +155,7 @@ def _place_kernel(
         _fill_gaps(order_ptr, expert, start, count, aligned, tl.sum(aligned_E, axis=0), rows, ALIGNMENT)
 
 
-@torch.library.custom_op("deepwright::expert_order", mutates_args=())
-def _order(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     experts_TK = experts_TK.contiguous()
     copies, device = experts_TK.numel(), experts_TK.device
     rows = (copies + experts * (alignment - 1)) // alignment * alignment
@@ -207,6 +208,9 @@ def _order(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, Te
     return order_R, place_TK, counts_E, ends_E
 
 
+_order = torch.library.custom_op("deepwright::expert_order", _launch, mutates_args=())
+
+
 @_order.register_fake
 def _(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (experts_TK.numel() + experts * (alignment - 1)) // alignment * alignment
@@ -220,4 +224,4 @@ def _(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, Tensor,
 
 def expert_order(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(order_R, place_TK, counts_E, ends_E)."""
-    return _order(experts_TK, experts, alignment)
+    return (_launch if direct(experts_TK) else _order)(experts_TK, experts, alignment)
