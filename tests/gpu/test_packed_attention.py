@@ -90,10 +90,13 @@ def test_in_a_cuda_graph() -> None:
     assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("step", [1024, 100_000], ids=["slices", "one slice"])
 @torch.no_grad()
-def test_new_tokens_over_a_long_context(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepwright_kernels.context_attention import triton as slices
+def test_new_tokens_over_a_long_context(step: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("these kernels are for Hopper")
+    from deepwright_kernels.context_attention import slices
 
     monkeypatch.setattr(slices, "SHORTEST_SLICE", step)
     monkeypatch.setattr(slices, "SLICE_VALUES", 0)
@@ -104,8 +107,10 @@ def test_new_tokens_over_a_long_context(step: int, monkeypatch: pytest.MonkeyPat
     k[beyond], v[beyond] = torch.nan, torch.nan
     positions = lengths[:, None] - new + torch.arange(new, device="cuda")
     arguments = (q, lambda begin, end: (k[:, begin:end], v[:, begin:end]), size, positions, lengths, SCALE)
-    want = dispatch.load("context_attention", "reference")(*arguments, None)
-    assert relative(context_attention(*arguments), want) < 5e-3
+    for starts in (None, (positions - 300).clamp(min=0)):
+        want = dispatch.load("context_attention", "reference")(*arguments, starts)
+        with configure({"context_attention": backend}):
+            assert relative(context_attention(*arguments, starts), want) < 5e-3
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deepwright_kernels import context_attention, dispatch
-from deepwright_kernels.context_attention import triton as slices
+from deepwright_kernels.context_attention import slices
 
 from .sides import DEVICE, TOLERANCE, draw
 

@@ -8,15 +8,18 @@ from torch import Tensor
 
 from .. import dispatch
 from ..arguments import FLOATS, INTEGERS, require, require_device, require_dtype, require_shape
+from ..packed_attention.widths import HOPPER_VALUES, why_not_hopper, why_not_triton
 
 NAME = "context_attention"
-WIDEST = 256
 Expand = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
 def _triton_needs(q_BQHK: Tensor, *_: object) -> str | None:
-    width = q_BQHK.shape[-1]
-    return None if width <= WIDEST else f"the key width is {width} and its tiles take at most {WIDEST}"
+    return why_not_triton(q_BQHK.shape[-1])
+
+
+def _cuda_needs(q_BQHK: Tensor, *_: object) -> str | None:
+    return why_not_hopper(q_BQHK.dtype, q_BQHK.shape[-1], HOPPER_VALUES[0])
 
 
 dispatch.operator(
@@ -25,9 +28,10 @@ dispatch.operator(
         "reference": f"{__name__}.reference:context_attention",
         "triton": f"{__name__}.triton:context_attention",
         "torch": f"{__name__}.masked_sdpa:context_attention",
+        "cuda": f"{__name__}.hopper:context_attention",
     },
     elsewhere=("torch", "reference"),
-    needs={"triton": _triton_needs},
+    needs={"triton": _triton_needs, "cuda": _cuda_needs},
 )
 
 

@@ -17,9 +17,9 @@ from ..arguments import (
     require_dtype,
     require_shape,
 )
+from .widths import why_not_hopper, why_not_triton
 
 NAME = "packed_attention"
-WIDEST = 256
 
 
 def _fastest_on_cuda(q_BSHK: Tensor, *others: Any) -> tuple[str, ...]:
@@ -27,20 +27,12 @@ def _fastest_on_cuda(q_BSHK: Tensor, *others: Any) -> tuple[str, ...]:
     return ("triton", "torch", "reference") if packed else ("torch", "triton", "reference")
 
 
-def _triton_needs(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, starts_BS: Tensor | None, scale: float) -> str | None:
-    width = max(q_BSHK.shape[-1], v_BSGV.shape[-1])
-    return None if width <= WIDEST else f"a width is {width} and its tiles take at most {WIDEST}"
+def _triton_needs(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *_: Any) -> str | None:
+    return why_not_triton(q_BSHK.shape[-1], v_BSGV.shape[-1])
 
 
-def _cuda_needs(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, starts_BS: Tensor | None, scale: float) -> str | None:
-    width, value_width = q_BSHK.shape[-1], v_BSGV.shape[-1]
-    if q_BSHK.dtype != torch.bfloat16:
-        return f"the tensors are {str(q_BSHK.dtype).removeprefix('torch.')} and its products are made in bfloat16"
-    if width not in (64, 128, 192) or value_width not in (64, 128) or value_width > width:
-        return (
-            f"the widths are {width} and {value_width}, where it takes 64, 128 or 192 and 64 or 128, keys no narrower"
-        )
-    return None
+def _cuda_needs(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *_: Any) -> str | None:
+    return why_not_hopper(q_BSHK.dtype, q_BSHK.shape[-1], v_BSGV.shape[-1])
 
 
 dispatch.operator(

@@ -15,8 +15,12 @@
 //
 // Left out: other dtypes than bfloat16, widths that are no multiple of 64.
 //
+// The forward also serves new tokens over a slice of a longer context: queries have positions, sequences lengths, the
+// keys begin at `offset`, and with a carry the softmax goes on from the slices before.
+//
 // Defines: KEY_CHUNKS, VALUE_CHUNKS: the widths in units of 64 (at most 3 and 2, keys at least as wide as values).
-// STARTS: whether there are starts. STARTS_T: int or long long.
+// STARTS, POSITIONS, CARRY: whether there are such. FLOAT_OUT: the forward's result in float32, as a carry is.
+// INDEX_T: int or long long, of starts, positions and lengths.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -40,6 +44,7 @@ struct ForwardShared {
   char values[FORWARD_STAGES][VALUE_CHUNKS * OWN_CHUNK];
   u64 own, keys_full[FORWARD_STAGES], keys_empty[FORWARD_STAGES], values_full[FORWARD_STAGES],
       values_empty[FORWARD_STAGES];
+  int4 ranges[OWN / 32];  // of 32 queries: smallest and largest first key, smallest and largest last key
 };
 
 struct QueryShared {
@@ -340,17 +345,43 @@ __device__ __forceinline__ void store_rows(
   }
 }
 
+// First and last key that a query sees, counted from the first key that was given.
+struct Queries {
+  const INDEX_T *starts, *positions;
+  int length, rows, keys, offset;
+
+  __device__ __forceinline__ int first(int row) const {
+    return STARTS ? max((int)starts[min(row, rows - 1)] - offset, 0) : 0;
+  }
+  __device__ __forceinline__ int last(int row) const {
+    return POSITIONS ? min(min((int)positions[min(row, rows - 1)], length - 1) - offset, keys - 1) : row;
+  }
+};
+
+// Values beyond the last key that is seen may be anything, and 0 · NaN is NaN: make them zero. Each warpgroup does it
+// for itself, before it reads them.
+__device__ __forceinline__ void clear_values(char* values, int from) {
+  for (int i = threadIdx.x % WARPGROUP; i < (OWN - max(from, 0)) * VALUE_CHUNKS * 8; i += WARPGROUP) {
+    const int row = max(from, 0) + i / (VALUE_CHUNKS * 8), piece = i % (VALUE_CHUNKS * 8);
+    *(uint4*)(values + piece / 8 * OWN_CHUNK + row * CHUNK_ROW + piece % 8 * 16) = make_uint4(0, 0, 0, 0);
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  named_sync(2 + threadIdx.x / WARPGROUP, WARPGROUP);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) packed_attention_forward(
     const __grid_constant__ Map q_map, const __grid_constant__ Map k_map, const __grid_constant__ Map v_map,
-    const STARTS_T* starts, bf16* out, float* sums, int rows, int heads, int group, float scale_log2) {
+    const INDEX_T* starts, const INDEX_T* positions, const INDEX_T* lengths, const float* carry,
+    const float* carry_sums, void* out, float* sums, int rows, int keys, int offset, int heads, int group,
+    float scale_log2) {
   extern __shared__ __align__(1024) char raw[];
   ForwardShared& shared = *(ForwardShared*)raw;
   // The last tiles have the most keys: they go first, so that short ones fill the gaps at the end.
   const int row = (gridDim.x - 1 - blockIdx.x) * OWN, batch = blockIdx.y / heads, head = blockIdx.y % heads;
-  const STARTS_T* my_starts = starts + (long long)batch * rows;
-  const int begin = STARTS ? (int)my_starts[row] : 0, end = min(row + OWN, rows);
-  const int tiles = (end - begin + OWN - 1) / OWN;
   const int warpgroup = threadIdx.x / WARPGROUP;
+  const Queries sight = {
+      starts + (long long)batch * rows, positions + (long long)batch * rows, POSITIONS ? (int)lengths[batch] : rows,
+      rows, keys, offset};
 
   if (threadIdx.x == 0) {
     start_barriers(&shared.own, 1, 1);
@@ -360,7 +391,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) packed_attention_forwar
     start_barriers(shared.values_empty, FORWARD_STAGES, CONSUMER_WARPS);
     publish_barriers();
   }
+  if (POSITIONS && threadIdx.x < OWN) {  // padding has position 0: nothing here grows along a row
+    const int first = sight.first(row + threadIdx.x), last = sight.last(row + threadIdx.x);
+    const int4 range = make_int4(
+        __reduce_min_sync(ALL, first), __reduce_max_sync(ALL, first), __reduce_min_sync(ALL, last),
+        __reduce_max_sync(ALL, last));
+    if (threadIdx.x % 32 == 0) shared.ranges[threadIdx.x / 32] = range;
+  }
   __syncthreads();
+  int begin = sight.first(row), end = min(row + OWN, rows);
+  if (POSITIONS) {
+    const int4 *r = shared.ranges;
+    begin = min(min(r[0].x, r[1].x), min(r[2].x, r[3].x));
+    end = max(max(r[0].w, r[1].w), max(r[2].w, r[3].w)) + 1;
+  }
+  const int tiles = max((end - begin + OWN - 1) / OWN, 1);
 
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -387,19 +432,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) packed_attention_forwar
   const int mine = warpgroup - 1, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const bool speaker = lane == 0;
   const int my_row = row + mine * HALF;
-  int last[2], first[2];
+  int my_rows[2], last[2], first[2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    last[r] = my_row + warp * 16 + r * 8 + lane / 4;
-    first[r] = STARTS ? (int)my_starts[min(last[r], rows - 1)] : 0;
+    my_rows[r] = my_row + warp * 16 + r * 8 + lane / 4;
+    last[r] = sight.last(my_rows[r]);
+    first[r] = sight.first(my_rows[r]);
   }
-  const int whole_begin = STARTS ? (int)my_starts[min(my_row + HALF - 1, rows - 1)] : 0;
+  // What every query of the warpgroup sees.
+  int whole_begin = sight.first(my_row + HALF - 1), whole_end = my_row + 1;
+  if (POSITIONS) {
+    const int4 *r = shared.ranges + 2 * mine;
+    whole_begin = max(r[0].y, r[1].y);
+    whole_end = min(r[0].z, r[1].z) + 1;
+  }
   char* queries = shared.queries + mine * HALF_CHUNK;
 
   float score[64], mixed[VALUE_WIDTH / 2], top[2] = {LOWEST, LOWEST}, sum[2] = {0.f, 0.f}, shrink[2];
   u32 weights[32];
 #pragma unroll
   for (int i = 0; i < VALUE_WIDTH / 2; i++) mixed[i] = 0.f;
+  const int stride = heads * VALUE_WIDTH;
+  const long long place = (((long long)batch * rows + my_row) * heads + head) * VALUE_WIDTH;
+  if (CARRY) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      if (my_rows[r] >= rows) continue;
+      const float carried = carry_sums[(long long)blockIdx.y * rows + my_rows[r]];
+      top[r] = fmaxf(carried * LOG2_E, LOWEST);
+      sum[r] = carried > -INFINITE && lane % 4 == 0 ? 1.f : 0.f;  // of a row's four threads one has it
+      const float2* from = (const float2*)(carry + place + (long long)(my_rows[r] - my_row) * stride) + lane % 4;
+#pragma unroll
+      for (int i = 0; i < VALUE_WIDTH / 8; i++) {
+        const float2 pair = from[4 * i];
+        mixed[4 * i + 2 * r] = pair.x;
+        mixed[4 * i + 2 * r + 1] = pair.y;
+      }
+    }
+  }
 
   if (mine == 1) named_arrive(1, 2 * WARPGROUP);  // the first warpgroup issues first
   barrier_wait(&shared.own, 0);
@@ -410,8 +480,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) packed_attention_forwar
   wgmma_wait<0>();
   settle(score);
   if (speaker) barrier_arrive(&shared.keys_empty[0]);
-  if (begin < whole_begin || begin + OWN > my_row + 1) mask(score, begin, first, last, -INFINITE);
+  if (begin < whole_begin || begin + OWN > whole_end) mask(score, begin, first, last, -INFINITE);
   soften(score, scale_log2, top, sum, shrink);
+  if (CARRY) {
+#pragma unroll
+    for (int i = 0; i < VALUE_WIDTH / 2; i++) mixed[i] *= shrink[i / 2 % 2];
+  }
   to_fragment(weights, score);
 
   for (int tile = 1; tile < tiles; tile++) {
@@ -425,7 +499,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) packed_attention_forwar
     wgmma_wait<1>();
     settle(score);
     if (speaker) barrier_arrive(&shared.keys_empty[stage]);
-    if (start < whole_begin || start + OWN > my_row + 1) mask(score, start, first, last, -INFINITE);
+    if (start < whole_begin || start + OWN > whole_end) mask(score, start, first, last, -INFINITE);
     soften(score, scale_log2, top, sum, shrink);
     // ptxas moves a wait up to where nothing stops it, and the softmax would come after the products instead of beside
     // them. A branch on what all of it went into stops it; it is never taken.
@@ -439,6 +513,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) packed_attention_forwar
   }
   const int final = (tiles - 1) % FORWARD_STAGES;
   barrier_wait(&shared.values_full[final], (tiles - 1) / FORWARD_STAGES % 2);
+  if (POSITIONS) clear_values(shared.values[final], end - begin - (tiles - 1) * OWN);
   issue_sums<OWN>(mixed, weights, shared.values[final]);
 #pragma unroll
   for (int r = 0; r < 2; r++) sum[r] = quad_sum(sum[r]);
@@ -448,13 +523,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) packed_attention_forwar
 
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    if (last[r] < rows && lane % 4 == 0)
-      sums[(long long)blockIdx.y * rows + last[r]] = (top[r] + log2f(sum[r])) / LOG2_E;
-    shrink[r] = 1.f / sum[r];
+    if (my_rows[r] < rows && lane % 4 == 0)
+      sums[(long long)blockIdx.y * rows + my_rows[r]] =
+          POSITIONS && sum[r] == 0.f ? -INFINITE : (top[r] + log2f(sum[r])) / LOG2_E;
+    shrink[r] = POSITIONS && sum[r] == 0.f ? 0.f : 1.f / sum[r];
   }
-  store_rows<VALUE_WIDTH>(
-      queries, mixed, shrink, out + (((long long)batch * rows + my_row) * heads + head) * VALUE_WIDTH,
-      heads * VALUE_WIDTH, rows - my_row);
+  if (FLOAT_OUT) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      if (my_rows[r] >= rows) continue;
+      float2* to = (float2*)((float*)out + place + (long long)(my_rows[r] - my_row) * stride) + lane % 4;
+#pragma unroll
+      for (int i = 0; i < VALUE_WIDTH / 8; i++)
+        to[4 * i] = make_float2(mixed[4 * i + 2 * r] * shrink[r], mixed[4 * i + 2 * r + 1] * shrink[r]);
+    }
+  } else {
+    store_rows<VALUE_WIDTH>(queries, mixed, shrink, (bf16*)out + place, stride, rows - my_row);
+  }
 }
 
 // ---- gradients
@@ -504,12 +589,12 @@ __device__ __forceinline__ void weigh_keys(
 // dq, and delta = Σ dout · out of each query, which the other kernel needs too.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) packed_attention_query_gradient(
     const __grid_constant__ Map q_map, const __grid_constant__ Map grad_map, const __grid_constant__ Map k_map,
-    const __grid_constant__ Map v_map, const STARTS_T* starts, const bf16* out, const float* sums, float* delta,
+    const __grid_constant__ Map v_map, const INDEX_T* starts, const bf16* out, const float* sums, float* delta,
     bf16* dq, int rows, int heads, int group, float scale) {
   extern __shared__ __align__(1024) char raw[];
   QueryShared& shared = *(QueryShared*)raw;
   const int row = (gridDim.x - 1 - blockIdx.x) * OWN, batch = blockIdx.y / heads, head = blockIdx.y % heads;
-  const STARTS_T* my_starts = starts + (long long)batch * rows;
+  const INDEX_T* my_starts = starts + (long long)batch * rows;
   const int begin = STARTS ? (int)my_starts[row] : 0, end = min(row + OWN, rows);
   const int tiles = (end - begin + HALF - 1) / HALF;
   const int warpgroup = threadIdx.x / WARPGROUP;

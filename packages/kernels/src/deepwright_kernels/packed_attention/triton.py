@@ -465,21 +465,22 @@ def attend(
     """Start the forward kernel, which fills out_BSHV and sums_BHS."""
     batch, rows, heads, key_width = q_BSHK.shape
     keys, kv_heads, value_width = v_BNGV.shape[1:]
-    options, cut = tiles("forward", q_BSHK, value_width), widths(key_width, value_width)
+    q, k, v = (describable(t) for t in (q_BSHK, k_BNGK, v_BNGV))
+    options, cut = tiles("forward", q, value_width), widths(key_width, value_width)
     unused = sums_BHS
     attention_forward_kernel[(triton.cdiv(rows, options["BLOCK_M"]), batch * heads)](
-        q_BSHK,
-        *parts(k_BNGK, options["BLOCK_N"], cut),
-        described(v_BNGV, options["BLOCK_N"], cut["V"]),
-        v_BNGV,
+        q,
+        *parts(k, options["BLOCK_N"], cut),
+        described(v, options["BLOCK_N"], cut["V"]),
+        v,
         unused if starts_BS is None else starts_BS.contiguous(),
         unused if positions_BS is None else positions_BS.contiguous(),
         unused if lengths_B is None else lengths_B.contiguous(),
         *(carry or (unused, unused)),
         out_BSHV,
         sums_BHS,
-        *q_BSHK.stride()[:3],
-        *v_BNGV.stride()[:3],
+        *q.stride()[:3],
+        *v.stride()[:3],
         rows,
         keys,
         offset,
@@ -492,7 +493,7 @@ def attend(
         STARTS=starts_BS is not None,
         POSITIONS=positions_BS is not None,
         CARRY=carry is not None,
-        PRECISION=precision(q_BSHK),
+        PRECISION=precision(q),
         **options,
     )
 
@@ -504,10 +505,8 @@ def _forward(
     batch, rows, heads, _ = q_BSHK.shape
     out = torch.empty((batch, rows, heads, v_BSGV.shape[-1]), dtype=q_BSHK.dtype, device=q_BSHK.device)
     sums_BHS = torch.empty((batch, heads, rows), dtype=torch.float32, device=q_BSHK.device)
-    if out.numel() == 0:
-        return out, sums_BHS
-    q, k, v = (describable(t) for t in (q_BSHK, k_BSGK, v_BSGV))
-    attend(q, k, v, starts_BS, None, None, None, out, sums_BHS, 0, scale)
+    if out.numel():
+        attend(q_BSHK, k_BSGK, v_BSGV, starts_BS, None, None, None, out, sums_BHS, 0, scale)
     return out, sums_BHS
 
 
