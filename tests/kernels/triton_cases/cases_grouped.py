@@ -71,6 +71,7 @@ def test_grouped_swiglu(
 def test_grouped_products_keep_torchs_rules() -> None:
     dtype = torch.bfloat16  # torch cannot yet trace its grouped product in float32
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    dispatch.load("grouped_linear", "triton")  # registers the operators
     x_TK, weight_ENK = draw(6, 8, dtype=dtype, grad=True), draw(2, 16, 8, dtype=dtype, grad=True)
     torch.library.opcheck(
         torch.ops.deepwright.grouped_linear.default, (x_TK, weight_ENK, ends([2, 4])), test_utils=tests

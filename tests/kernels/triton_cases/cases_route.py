@@ -51,6 +51,7 @@ def test_huge_logits_and_gradients_of_one_output_alone() -> None:
 
 
 def test_route_keeps_torchs_rules() -> None:
+    dispatch.load("route", "triton")  # registers the operators
     arguments = (draw(3, 8, grad=True), draw(8), 2, True, 2, 1, 2, True, 1.0)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.deepwright.route.default, arguments, test_utils=tests)

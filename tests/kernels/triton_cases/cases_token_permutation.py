@@ -65,6 +65,7 @@ def test_rows_that_do_not_lie_side_by_side_and_repeated_runs() -> None:
 
 
 def test_the_moves_keep_torchs_rules() -> None:
+    dispatch.load("permute", "triton")  # registers the operators
     ops = torch.ops.deepwright
     experts_TK = torch.randint(3, (4, 2), device=DEVICE)
     order_R, place_TK, _, _ = expert_order(experts_TK, 3, 4)
