@@ -22,6 +22,63 @@ TOTAL_ROWS, TOTAL_COLUMNS = 64, 32  # a tile of the partial sums, when they are 
 
 
 @triton.jit
+def _load(ptr, start_T, inside_T, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns FIRST .. FIRST + BLOCK of some rows, zeros beyond the edges."""
+    column_D = FIRST + tl.arange(0, BLOCK)
+    inside_TD = (column_D < columns)[None, :]
+    if start_T.shape[0] > 1:
+        inside_TD = inside_TD & inside_T[:, None]
+    return tl.load(ptr + start_T[:, None] + column_D[None, :], mask=inside_TD, other=0.0)
+
+
+@triton.jit
+def _store(ptr, values_TD, start_T, inside_T, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    column_D = FIRST + tl.arange(0, BLOCK)
+    inside_TD = (column_D < columns)[None, :]
+    if start_T.shape[0] > 1:
+        inside_TD = inside_TD & inside_T[:, None]
+    tl.store(ptr + start_T[:, None] + column_D[None, :], values_TD.to(ptr.dtype.element_ty), mask=inside_TD)
+
+
+@triton.jit
+def _load_weight(weight_ptr, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
+    # Another policy makes it another load: else the compiler would keep the first one's values in registers.
+    column_D = FIRST + tl.arange(0, BLOCK)
+    weight_D = tl.load(
+        weight_ptr + column_D, mask=column_D < columns, other=0.0, eviction_policy="evict_last" if AGAIN else ""
+    )
+    return weight_D.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _summed(
+    x_ptr, residual_ptr, summed_ptr, x_T, residual_T, y_T, inside_T, columns,
+    ADD: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x, or x + residual, which is stored and rounded: the backward pass and the next layers find no more than this."""
+    x_TD = _load(x_ptr, x_T, inside_T, columns, FIRST, BLOCK)
+    if ADD:
+        residual_TD = _load(residual_ptr, residual_T, inside_T, columns, FIRST, BLOCK)
+        x_TD = (x_TD.to(tl.float32) + residual_TD.to(tl.float32)).to(summed_ptr.dtype.element_ty)
+        _store(summed_ptr, x_TD, y_T, inside_T, columns, FIRST, BLOCK)
+    return x_TD
+
+
+@triton.jit
+def _squares(x_TD):
+    wide_TD = x_TD.to(tl.float32)
+    return tl.sum(wide_TD * wide_TD, axis=1)
+
+
+@triton.jit
+def _store_normed(
+    normed_ptr, x_TD, scale_T, weight_ptr, y_T, inside_T, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr
+):
+    normed_TD = x_TD.to(tl.float32) * scale_T[:, None] * _load_weight(weight_ptr, columns, FIRST, BLOCK)
+    _store(normed_ptr, normed_TD, y_T, inside_T, columns, FIRST, BLOCK)
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,
     residual_ptr,
@@ -36,26 +93,60 @@ def _forward_kernel(
     eps,
     ADD: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
 ):
-    row_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offset_D = tl.arange(0, BLOCK_D)
-    inside_D = offset_D < columns
-    inside_TD = (row_T < rows)[:, None] & inside_D[None, :]
-    x_TD = tl.load(x_ptr + (row_T * x_stride)[:, None] + offset_D[None, :], mask=inside_TD, other=0.0).to(tl.float32)
-    here_TD = (row_T * columns)[:, None] + offset_D[None, :]
+    first = tl.program_id(0).to(tl.int64) * BLOCK_T
+    x_ptr += first * x_stride
+    residual_ptr += first * residual_stride
+    normed_ptr += first * columns
+    summed_ptr += first * columns
+    row_T = tl.arange(0, BLOCK_T)
+    in_T = row_T < rows - first
+    x_T, residual_T, y_T = row_T * x_stride, row_T * residual_stride, row_T * columns
+    a_TD = _summed(x_ptr, residual_ptr, summed_ptr, x_T, residual_T, y_T, in_T, columns, ADD, 0, A)
+    squares_T = _squares(a_TD)
+    if B:
+        b_TD = _summed(x_ptr, residual_ptr, summed_ptr, x_T, residual_T, y_T, in_T, columns, ADD, A, B)
+        squares_T += _squares(b_TD)
+    if C:
+        c_TD = _summed(x_ptr, residual_ptr, summed_ptr, x_T, residual_T, y_T, in_T, columns, ADD, A + B, C)
+        squares_T += _squares(c_TD)
+    scale_T = tl.rsqrt(squares_T / columns + eps)
+    tl.store(scale_ptr + first + row_T, scale_T, mask=in_T)
+    _store_normed(normed_ptr, a_TD, scale_T, weight_ptr, y_T, in_T, columns, 0, A)
+    if B:
+        _store_normed(normed_ptr, b_TD, scale_T, weight_ptr, y_T, in_T, columns, A, B)
+    if C:
+        _store_normed(normed_ptr, c_TD, scale_T, weight_ptr, y_T, in_T, columns, A + B, C)
+
+
+@triton.jit
+def _product_sum(x_TD, grad_TD, weight_ptr, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    weight_1D = _load_weight(weight_ptr, columns, FIRST, BLOCK)
+    return tl.sum(grad_TD.to(tl.float32) * weight_1D * x_TD.to(tl.float32), axis=1)
+
+
+@triton.jit
+def _backward_part(
+    x_TD, grad_TD, sum_TD, scale_T, pull_T, weight_ptr, grad_summed_ptr, grad_x_ptr, y_T, inside_T, columns,
+    ADD: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stores these columns' gradient of x and gives the sum of the weight's so far."""
+    wide_TD, grad_TD = x_TD.to(tl.float32), grad_TD.to(tl.float32)
+    weight_1D = _load_weight(weight_ptr, columns, FIRST, BLOCK, True)
+    grad_x_TD = (grad_TD * weight_1D - wide_TD * pull_T[:, None]) * scale_T[:, None]
     if ADD:
-        residual_TD = tl.load(
-            residual_ptr + (row_T * residual_stride)[:, None] + offset_D[None, :], mask=inside_TD, other=0.0
-        )
-        summed_TD = (x_TD + residual_TD.to(tl.float32)).to(summed_ptr.dtype.element_ty)
-        tl.store(summed_ptr + here_TD, summed_TD, mask=inside_TD)
-        x_TD = summed_TD.to(tl.float32)  # rounded: the backward pass finds no more than this
-    weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
-    scale_T = tl.rsqrt(tl.sum(x_TD * x_TD, axis=1) / columns + eps)
-    tl.store(scale_ptr + row_T, scale_T, mask=row_T < rows)
-    normed_TD = x_TD * scale_T[:, None] * weight_D[None, :]
-    tl.store(normed_ptr + here_TD, normed_TD.to(normed_ptr.dtype.element_ty), mask=inside_TD)
+        grad_x_TD += _load(grad_summed_ptr, y_T, inside_T, columns, FIRST, BLOCK).to(tl.float32)
+    _store(grad_x_ptr, grad_x_TD, y_T, inside_T, columns, FIRST, BLOCK)
+    return sum_TD + grad_TD * (wide_TD * scale_T[:, None])
+
+
+@triton.jit
+def _store_partial(partial_ptr, sum_TD, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    column_D = FIRST + tl.arange(0, BLOCK)
+    tl.store(partial_ptr + tl.program_id(0) * columns + column_D, tl.sum(sum_TD, axis=0), mask=column_D < columns)
 
 
 @triton.jit
@@ -66,37 +157,64 @@ def _backward_kernel(
     weight_ptr,
     scale_ptr,
     grad_x_ptr,
-    grad_weight_ptr,
+    partial_ptr,
     x_stride,
     rows,
     columns,
     ADD: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
 ):
-    # With n = x · scale and y = n · w: dx = scale · (g·w − n · mean(g·w·n)), dw = Σ_rows g · n.
-    program = tl.program_id(0)
-    offset_D = tl.arange(0, BLOCK_D)
-    inside_D = offset_D < columns
-    weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
-    grad_weight_TD = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    for start in tl.range(program * BLOCK_T, rows, tl.num_programs(0) * BLOCK_T, num_stages=STAGES):
-        row_T = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
-        inside_TD = (row_T < rows)[:, None] & inside_D[None, :]
-        here_TD = (row_T * columns)[:, None] + offset_D[None, :]
-        x_TD = tl.load(x_ptr + (row_T * x_stride)[:, None] + offset_D[None, :], mask=inside_TD, other=0.0)
-        grad_TD = tl.load(grad_ptr + here_TD, mask=inside_TD, other=0.0).to(tl.float32)
-        scale_T = tl.load(scale_ptr + row_T, mask=row_T < rows, other=0.0)
-        normed_TD = x_TD.to(tl.float32) * scale_T[:, None]
-        grad_normed_TD = grad_TD * weight_D[None, :]
-        mean_T = tl.sum(grad_normed_TD * normed_TD, axis=1) / columns
-        grad_x_TD = (grad_normed_TD - normed_TD * mean_T[:, None]) * scale_T[:, None]
-        if ADD:
-            grad_x_TD += tl.load(grad_summed_ptr + here_TD, mask=inside_TD, other=0.0).to(tl.float32)
-        tl.store(grad_x_ptr + here_TD, grad_x_TD.to(grad_x_ptr.dtype.element_ty), mask=inside_TD)
-        grad_weight_TD += grad_TD * normed_TD
-    tl.store(grad_weight_ptr + program * columns + offset_D, tl.sum(grad_weight_TD, axis=0), mask=inside_D)
+    # With n = x · scale and y = n · w: dx = scale · (g·w − n · mean(g·w·n)), dw = Σ_rows g · n. The weight is loaded
+    # again where it is needed: the L1 has it, and the registers are worth another program on the processor.
+    a_sum_TD = tl.zeros((BLOCK_T, A), dtype=tl.float32)
+    b_sum_TD = tl.zeros((BLOCK_T, B if B else 1), dtype=tl.float32)
+    c_sum_TD = tl.zeros((BLOCK_T, C if C else 1), dtype=tl.float32)
+    row_T = tl.arange(0, BLOCK_T)
+    x_T, y_T = row_T * x_stride, row_T * columns
+    for start in range(tl.program_id(0) * BLOCK_T, rows, tl.num_programs(0) * BLOCK_T):
+        first = tl.cast(start, tl.int64)
+        in_T = row_T < rows - start
+        x_here, grad_here, grad_x_here = (
+            x_ptr + first * x_stride,
+            grad_ptr + first * columns,
+            grad_x_ptr + first * columns,
+        )
+        summed_here = grad_summed_ptr + first * columns
+        a_x_TD, a_grad_TD = _load(x_here, x_T, in_T, columns, 0, A), _load(grad_here, y_T, in_T, columns, 0, A)
+        if B:
+            b_x_TD, b_grad_TD = _load(x_here, x_T, in_T, columns, A, B), _load(grad_here, y_T, in_T, columns, A, B)
+        if C:
+            c_x_TD = _load(x_here, x_T, in_T, columns, A + B, C)
+            c_grad_TD = _load(grad_here, y_T, in_T, columns, A + B, C)
+        scale_T = tl.load(scale_ptr + first + row_T, mask=in_T, other=0.0)
+        sum_T = _product_sum(a_x_TD, a_grad_TD, weight_ptr, columns, 0, A)
+        if B:
+            sum_T += _product_sum(b_x_TD, b_grad_TD, weight_ptr, columns, A, B)
+        if C:
+            sum_T += _product_sum(c_x_TD, c_grad_TD, weight_ptr, columns, A + B, C)
+        pull_T = sum_T / columns * scale_T * scale_T
+        a_sum_TD = _backward_part(
+            a_x_TD, a_grad_TD, a_sum_TD, scale_T, pull_T, weight_ptr, summed_here, grad_x_here, y_T, in_T, columns,
+            ADD, 0, A,
+        )  # fmt: skip
+        if B:
+            b_sum_TD = _backward_part(
+                b_x_TD, b_grad_TD, b_sum_TD, scale_T, pull_T, weight_ptr, summed_here, grad_x_here, y_T, in_T, columns,
+                ADD, A, B,
+            )  # fmt: skip
+        if C:
+            c_sum_TD = _backward_part(
+                c_x_TD, c_grad_TD, c_sum_TD, scale_T, pull_T, weight_ptr, summed_here, grad_x_here, y_T, in_T, columns,
+                ADD, A + B, C,
+            )  # fmt: skip
+    _store_partial(partial_ptr, a_sum_TD, columns, 0, A)
+    if B:
+        _store_partial(partial_ptr, b_sum_TD, columns, A, B)
+    if C:
+        _store_partial(partial_ptr, c_sum_TD, columns, A + B, C)
 
 
 @triton.jit
@@ -117,11 +235,20 @@ def _rows(x: Tensor) -> Tensor:
     return x_TD if x_TD.stride(-1) == 1 else x_TD.contiguous()
 
 
-def _tile(columns: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and its warps: 16 values a thread, 8 of them side by side in a load."""
-    block = triton.next_power_of_2(columns)
-    block_rows = max(1, TILE // block)
-    return block_rows, block, min(16, max(1, block_rows * block // 512))
+def _parts(columns: int) -> tuple[int, int, int]:
+    """Up to three powers of two that cover the columns: 7168 = 4096 + 2048 + 1024, where one would be 8192."""
+    first = 1 << (columns.bit_length() - 1)
+    left = columns - first
+    second = 1 << (left.bit_length() - 1) if left else 0
+    left -= second
+    return first, second, triton.next_power_of_2(left) if left else 0
+
+
+def _tile(columns: int) -> tuple[int, tuple[int, int, int], int]:
+    """Rows of a tile, the parts of its columns, and its warps."""
+    parts = _parts(columns)
+    rows = max(1, TILE // triton.next_power_of_2(columns))
+    return rows, parts, min(16, max(1, rows * parts[0] // 512))
 
 
 def _launch_forward(
@@ -135,7 +262,7 @@ def _launch_forward(
     summed = torch.empty(x.shape if residual is not None else 0, dtype=dtype, device=x.device)
     scale_T = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        block_rows, block, warps = _tile(columns)
+        block_rows, parts, warps = _tile(columns)
         _forward_kernel[(triton.cdiv(rows, block_rows),)](
             x_TD,
             residual_TD,
@@ -148,9 +275,9 @@ def _launch_forward(
             rows,
             columns,
             eps,
-            ADD=residual is not None,
-            BLOCK_T=block_rows,
-            BLOCK_D=block,
+            residual is not None,
+            block_rows,
+            *parts,
             num_warps=warps,
         )
     return normed, summed, scale_T
@@ -165,7 +292,7 @@ def _launch_backward(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not rows:
         return grad_x, torch.zeros_like(weight)
-    block_rows, block, warps = _tile(columns)
+    block_rows, parts, warps = _tile(columns)
     if x.is_cuda:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
         most = BACKWARD_PROGRAMS_PER_PROCESSOR * processors
@@ -184,10 +311,9 @@ def _launch_backward(
         x_TD.stride(0),
         rows,
         columns,
-        ADD=grad_summed is not None,
-        BLOCK_T=block_rows,
-        BLOCK_D=block,
-        STAGES=2,
+        grad_summed is not None,
+        block_rows,
+        *parts,
         num_warps=warps,
     )
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
