@@ -96,9 +96,19 @@ class Kernel:
     def __init__(self, function: Any, shared_bytes: int) -> None:
         self._function, self._shared_bytes = function, shared_bytes
 
-    def launch(self, grid: Sequence[int], block: Sequence[int], *arguments: Tensor | TensorMap | int | float) -> None:
+    def launch(
+        self,
+        grid: Sequence[int],
+        block: Sequence[int],
+        *arguments: Tensor | TensorMap | int | float,
+        early: bool = False,
+    ) -> None:
         """`grid` and `block` have three sizes. A tensor is passed as its address, an int as 32 bits, a float as
-        float32, a `TensorMap` by value (a `const __grid_constant__` parameter)."""
+        float32, a `TensorMap` by value (a `const __grid_constant__` parameter).
+
+        `early`: it may come onto the GPU while the kernel before it on the stream still runs (programmatic dependent
+        launch). It then has to wait by itself, with `griddepcontrol.wait`, before it touches what that one writes.
+        """
         from cuda.bindings import driver
 
         # Eight bytes for each argument (the driver reads as many as the parameter has) and an array of their addresses.
@@ -117,12 +127,28 @@ class Kernel:
             else:
                 addresses[index] = argument.address
         stream = torch.cuda.current_stream().cuda_stream
-        _checked(
-            driver.cuLaunchKernel(
-                self._function, *grid, *block, self._shared_bytes, stream, ctypes.addressof(addresses), 0
-            ),
-            "starting a CUDA kernel",
-        )
+        where = ctypes.addressof(addresses)
+        if early:
+            result = driver.cuLaunchKernelEx(
+                _early_launch(driver, grid, block, self._shared_bytes, stream), self._function, where, 0
+            )
+        else:
+            result = driver.cuLaunchKernel(self._function, *grid, *block, self._shared_bytes, stream, where, 0)
+        _checked(result, "starting a CUDA kernel")
+
+
+def _early_launch(driver: Any, grid: Sequence[int], block: Sequence[int], shared_bytes: int, stream: int) -> Any:
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = block
+    config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
+    value = driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value = value
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 @cache
