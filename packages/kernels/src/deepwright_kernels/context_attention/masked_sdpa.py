@@ -6,6 +6,7 @@ the context.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,14 +26,12 @@ def context_attention(
     starts_BQ: Tensor | None,
 ) -> Tensor:
     """See the operator's docstring."""
-    ragged = True
-    if lengths_B.device.type == "cpu" and lengths_B.numel():
-        # Lengths can be read here for nothing: nobody expands what no sequence has, and where all are of one length
-        # there is nothing to silence.
-        shortest, longest = (int(t) for t in lengths_B.aminmax())
-        context, ragged = min(context, longest), shortest < longest
+    on_cpu = q_BQHK.device.type == "cpu"
+    if on_cpu and lengths_B.numel():
+        context = min(context, int(lengths_B.max()))  # nobody expands what no sequence has
     k_BNGK, v_BNGV = expand(0, context)
-    if ragged:
+    # A weight of zero does not silence a NaN. That there is one beyond a length is rare, and a CPU can ask.
+    if not on_cpu or not math.isfinite(float(k_BNGK.sum() + v_BNGV.sum())):
         beyond_BN11 = (torch.arange(context, device=q_BQHK.device) >= lengths_B[:, None])[:, :, None, None]
         k_BNGK, v_BNGV = (t.masked_fill(beyond_BN11, 0.0) for t in (k_BNGK, v_BNGV))
     mask_B1QN = seen(positions_BQ, lengths_B, starts_BQ, context)[:, None]
