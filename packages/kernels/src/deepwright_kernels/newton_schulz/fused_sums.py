@@ -13,15 +13,10 @@ from torch import Tensor
 from .reference import COEFFICIENTS, SMALLEST_NORM
 
 
-def scaled(matrices_EMN: Tensor) -> Tensor:
-    """Each matrix over its Frobenius norm."""
-    return matrices_EMN / (torch.linalg.vector_norm(matrices_EMN, dim=(-2, -1), keepdim=True) + SMALLEST_NORM)
-
-
 def newton_schulz(matrices_EMN: Tensor, steps: int = 5) -> Tensor:
     """Nearest (semi-)orthogonal matrices, approximately: [E, M, N] in the input's dtype."""
     a, b, c = COEFFICIENTS
-    x_EMN = scaled(matrices_EMN)
+    x_EMN = matrices_EMN / (torch.linalg.vector_norm(matrices_EMN, dim=(-2, -1), keepdim=True) + SMALLEST_NORM)
     tall = x_EMN.shape[1] > x_EMN.shape[2]
     for _ in range(steps):
         gram_ESS = torch.bmm(x_EMN.mT, x_EMN) if tall else torch.bmm(x_EMN, x_EMN.mT)

@@ -19,13 +19,33 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .fused_sums import scaled
-from .reference import COEFFICIENTS
+from .reference import COEFFICIENTS, SMALLEST_NORM
 
+NORM_BLOCK, NORM_BLOCKS = 2048, 8  # values of a load, and loads of a program that sums squares
 # Rows and columns of a tile, depth of a step, warps and stages, for the symmetric products and for the other.
 SYMMETRIC = (128, 128, 64, 4, 4)
 UPDATE = (128, 256, 64, 8, 4)
 ON_CPU = (16, 16, 16, 1, 1)  # the interpreter's tiles: small ones, so that small matrices have several
+
+
+@triton.jit
+def _square_sums_kernel(x_ptr, sums_ptr, values, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    matrix, piece = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    sum_V = tl.zeros((BLOCK,), dtype=tl.float32)
+    for block in range(BLOCKS):
+        value_V = (piece * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
+        x_V = tl.load(x_ptr + matrix * values + value_V, mask=value_V < values, other=0.0).to(tl.float32)
+        sum_V += x_V * x_V
+    tl.store(sums_ptr + matrix * tl.num_programs(0) + piece, tl.sum(sum_V, axis=0))
+
+
+@triton.jit
+def _divide_kernel(x_ptr, norm_ptr, out_ptr, values, BLOCK: tl.constexpr):
+    matrix = tl.program_id(1).to(tl.int64)
+    value_V = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x_V = tl.load(x_ptr + matrix * values + value_V, mask=value_V < values, other=0.0).to(tl.float32)
+    out_V = (x_V / tl.load(norm_ptr + matrix)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + matrix * values + value_V, out_V, mask=value_V < values)
 
 
 @triton.jit
@@ -114,6 +134,19 @@ def _update_kernel(
     tl.store(out_ptr + here_IJ, sum_IJ.to(out_ptr.dtype.element_ty), mask=inside_IJ)
 
 
+def scaled(matrices_EMN: Tensor) -> Tensor:
+    """Each matrix over its Frobenius norm, contiguous."""
+    matrices_EMN = matrices_EMN.contiguous()
+    out_EMN = torch.empty_like(matrices_EMN)
+    count, values = len(matrices_EMN), matrices_EMN[0].numel()
+    pieces = triton.cdiv(values, NORM_BLOCK * NORM_BLOCKS)
+    sums_EP = torch.empty(count, pieces, dtype=torch.float32, device=matrices_EMN.device)
+    _square_sums_kernel[(pieces, count)](matrices_EMN, sums_EP, values, BLOCK=NORM_BLOCK, BLOCKS=NORM_BLOCKS)
+    norm_E = sums_EP.sum(1).sqrt_().add_(SMALLEST_NORM)
+    _divide_kernel[(triton.cdiv(values, NORM_BLOCK), count)](matrices_EMN, norm_E, out_EMN, values, BLOCK=NORM_BLOCK)
+    return out_EMN
+
+
 def _tiles(matrices: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """The matrices [E, M, N] as tiles of rows x columns, zeros beyond the edges."""
     return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), [1, rows, columns])
@@ -183,9 +216,9 @@ def update(factor_ESS: Tensor, x_EMN: Tensor, x_factor: float, out_EMN: Tensor) 
 @torch.library.custom_op("deepwright::newton_schulz", mutates_args=())
 def _newton_schulz(matrices_EMN: Tensor, steps: int) -> Tensor:
     a, b, c = COEFFICIENTS
-    x_EMN = scaled(matrices_EMN).contiguous()
-    if x_EMN.numel() == 0:
-        return x_EMN
+    if matrices_EMN.numel() == 0:
+        return torch.empty_like(matrices_EMN)
+    x_EMN = scaled(matrices_EMN)
     next_EMN = torch.empty_like(x_EMN)
     side = min(x_EMN.shape[1:])
     gram_ESS, factor_ESS = (x_EMN.new_empty(len(x_EMN), side, side) for _ in range(2))
