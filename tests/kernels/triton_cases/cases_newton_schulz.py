@@ -34,7 +34,7 @@ def test_a_symmetric_product_writes_both_halves(shape: tuple[int, int, int]) -> 
 @pytest.mark.parametrize("shape", [(2, 24, 40), (2, 40, 24), (1, 8, 8), (0, 8, 8)])
 def test_newton_schulz(shape: tuple[int, int, int]) -> None:
     matrices_EMN = draw(*shape, dtype=DTYPE) * 100
-    want, have = (dispatch.load("newton_schulz", backend)(matrices_EMN, 5) for backend in ("reference", "triton"))
+    want, have = (dispatch.load("newton_schulz", backend)(matrices_EMN, 2) for backend in ("reference", "triton"))
     assert have.dtype == DTYPE
     torch.testing.assert_close(have, want, **LOOSE)
 
