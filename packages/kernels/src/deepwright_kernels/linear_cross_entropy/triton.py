@@ -1,19 +1,22 @@
-"""Cross-entropy of a linear head in slices of the vocabulary: products by cuBLAS, one Triton pass over each slice.
+"""Cross-entropy of a linear head in slices of the vocabulary, as Triton kernels and cuBLAS products.
 
-Forward, the logits of a slice of the vocabulary are made in a buffer, and one pass reads them once: for each token it
-merges the slice's log-partition and entropy into those of the slices before. Kept for the backward pass is one number
-a token, the log-partition. Backward, the logits are made again, one pass turns them in place into their gradient
-(softmax − one-hot) · upstream / temperature, and two products follow. Because all tokens of a block see a slice at
-once, the slice's gradient of the weight is a single product, rounded once; only the gradient of the hidden states is
-summed over slices, in float32. A weight in another dtype than the hidden states is cast slice by slice.
+Forward, what a token needs of its logits is the log-partition, the entropy and the target's logit. On a GPU whose
+copy engine serves Triton (tiles.py) the product's tiles are reduced to these before they leave the SM; elsewhere the
+logits of a slice of the vocabulary are made in a buffer, and one pass merges what they give into that of the slices
+before. Kept for the backward pass is one number a token, the log-partition.
+
+Backward, the gradient of a slice's logits, (softmax − one-hot) · upstream / temperature, is made in the buffer in the
+same two ways, and two products follow. Because all tokens of a block see a slice at once, the slice's gradient of the
+weight is a single product, rounded once; only the gradient of the hidden states is summed over slices, in float32. A
+weight in another dtype than the hidden states is cast slice by slice.
 
 Leaves out: splitting the vocabulary over ranks, and leaving out tokens that are ignored (their rows of the products
 are made and multiplied by zero: how many there are, the host would have to wait for).
 
-Shapes: T tokens, D hidden size, V vocabulary, K tokens of a block, C columns of a slice of the vocabulary.
+Shapes: T tokens, D hidden size, V vocabulary, K tokens of a block, C columns of a slice of the vocabulary, N tiles
+across a row.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -21,14 +24,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles
+from .tiles import LN_2, LOG2_E
+
 # Tokens that share a product. More would not make products faster, only slices narrower.
 BLOCK_TOKENS = 16384
 # The buffer that holds the logits of a block of tokens and a slice of the vocabulary.
 BUFFER_BYTES = 2**28
-# A slice's columns are a multiple of this, so that rows start at full cache lines and tiles are full.
-COLUMNS_MULTIPLE = 256
-LOG2_E = math.log2(math.e)
-LN_2 = math.log(2.0)
+# A slice's columns are a multiple of this, which is a tile's width.
+COLUMNS_MULTIPLE = tiles.BLOCK_C
+# Columns of a weight that are cast at a time where no logits are written.
+CAST_COLUMNS = 8192
 
 
 @triton.jit
@@ -39,6 +45,7 @@ def _reduce_kernel(
     chosen_ptr,
     loss_ptr,
     entropy_ptr,
+    stride,
     columns,
     first_column,
     ignore_index,
@@ -58,7 +65,7 @@ def _reduce_kernel(
     for start in range(0, end, BLOCK_C):
         column_C = start + tl.arange(0, BLOCK_C)
         inside_C = column_C < columns
-        logit_C = tl.load(logits_ptr + row * columns + column_C, mask=inside_C, other=float("-inf")).to(tl.float32)
+        logit_C = tl.load(logits_ptr + row * stride + column_C, mask=inside_C, other=float("-inf")).to(tl.float32)
         logit_C *= scale_log2
         new_top = tl.maximum(top, tl.max(logit_C, axis=0))
         shifted_C = logit_C - new_top
@@ -74,7 +81,7 @@ def _reduce_kernel(
     partition = tl.where(ignored, 0.0, top + log_total)
     entropy = log_total - weighted / total
     here = target - first_column
-    chosen = tl.load(logits_ptr + row * columns + here, mask=(here >= 0) & (here < end), other=0.0).to(tl.float32)
+    chosen = tl.load(logits_ptr + row * stride + here, mask=(here >= 0) & (here < end), other=0.0).to(tl.float32)
     chosen *= scale_log2
     if first_column > 0:
         before = tl.load(partition_ptr + row)
@@ -97,6 +104,7 @@ def _gradient_kernel(
     targets_ptr,
     partition_ptr,
     upstream_ptr,
+    stride,
     columns,
     first_column,
     ignore_index,
@@ -114,32 +122,95 @@ def _gradient_kernel(
     read = tl.where(ignored, 0, columns)
     for start in range(0, columns, BLOCK_C):
         column_C = start + tl.arange(0, BLOCK_C)
-        inside_C = column_C < columns
-        pointer_C = logits_ptr + row * columns + column_C
+        pointer_C = logits_ptr + row * stride + column_C
         logit_C = tl.load(pointer_C, mask=column_C < read, other=0.0).to(tl.float32)
         share_C = tl.exp2(logit_C * scale_log2 - partition)
         grad_C = (share_C - tl.where(column_C == here, 1.0, 0.0)) * scale
         grad_C = tl.where(ignored, 0.0, grad_C)
-        tl.store(pointer_C, grad_C.to(logits_ptr.dtype.element_ty), mask=inside_C)
+        tl.store(pointer_C, grad_C.to(logits_ptr.dtype.element_ty), mask=column_C < columns)
 
 
-def _pieces(total: int, size: int) -> Iterator[slice]:
+def pieces(total: int, size: int) -> Iterator[slice]:
+    """0 .. total in slices of `size`."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
 
 
-def _columns(tokens: int, vocabulary: int, itemsize: int) -> int:
-    """How much of the vocabulary a slice has."""
-    fits = BUFFER_BYTES // max(1, tokens * itemsize)
-    return min(vocabulary, max(COLUMNS_MULTIPLE, fits // COLUMNS_MULTIPLE * COLUMNS_MULTIPLE))
+def room(like: Tensor, rows: int, columns: int) -> Tensor:
+    """A buffer for logits; `view_of` gives matrices of up to so many values whose rows are aligned."""
+    return like.new_empty(rows * _aligned(columns))
 
 
-def _launch(columns: int) -> dict[str, int]:
+def view_of(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix in the buffer."""
+    return buffer[: rows * _aligned(columns)].view(rows, -1)[:, :columns]
+
+
+def _aligned(columns: int) -> int:
+    return triton.cdiv(columns, tiles.ALIGNMENT_BYTES) * tiles.ALIGNMENT_BYTES
+
+
+def reduce_rows(
+    logits_KC: Tensor,
+    targets_K: Tensor,
+    partition_K: Tensor,
+    chosen_K: Tensor,
+    loss_K: Tensor,
+    entropy_K: Tensor,
+    first_column: int,
+    ignore_index: int,
+    temperature: float,
+) -> None:
+    """Merge a slice of the vocabulary into log-partition (in powers of two), target's logit, loss and entropy."""
+    rows, columns = logits_KC.shape
     block = min(2048, max(16, triton.next_power_of_2(columns)))
-    return {"BLOCK_C": block, "num_warps": max(1, block // 512)}
+    _reduce_kernel[(rows,)](
+        logits_KC,
+        targets_K,
+        partition_K,
+        chosen_K,
+        loss_K,
+        entropy_K,
+        logits_KC.stride(0),
+        columns,
+        first_column,
+        ignore_index,
+        LOG2_E / temperature,
+        LN_2,
+        BLOCK_C=block,
+        num_warps=max(1, block // 1024),
+    )
 
 
-def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+def gradient_rows(
+    logits_KC: Tensor,
+    targets_K: Tensor,
+    partition_K: Tensor,
+    upstream_K: Tensor,
+    first_column: int,
+    ignore_index: int,
+    temperature: float,
+) -> None:
+    """Turn a slice's logits into their gradient, in place."""
+    rows, columns = logits_KC.shape
+    block = min(1024, max(16, triton.next_power_of_2(columns)))
+    _gradient_kernel[(rows,)](
+        logits_KC,
+        targets_K,
+        partition_K,
+        upstream_K,
+        logits_KC.stride(0),
+        columns,
+        first_column,
+        ignore_index,
+        LOG2_E / temperature,
+        1 / temperature,
+        BLOCK_C=block,
+        num_warps=max(1, block // 256),
+    )
+
+
+def product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     """out = a · b, or out += a · b, summed in float32 whatever the dtypes."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
@@ -149,45 +220,77 @@ def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         else:
             torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
     else:
-        product = a.float() @ b.float()
-        out.add_(product) if accumulate else out.copy_(product)
+        result = a.float() @ b.float()
+        out.add_(result) if accumulate else out.copy_(result)
+
+
+def _columns(tokens: int, vocabulary: int, itemsize: int) -> int:
+    """How much of the vocabulary a slice has."""
+    fits = BUFFER_BYTES // max(1, tokens * itemsize)
+    return min(vocabulary, max(COLUMNS_MULTIPLE, fits // COLUMNS_MULTIPLE * COLUMNS_MULTIPLE))
 
 
 @torch.library.custom_op("deepwright::linear_cross_entropy", mutates_args=())
-def _forward(
+def forward(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int, chunk: int | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """loss_T, entropy_T and the log-partition in powers of two."""
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     loss_T, entropy_T, partition_T, chosen_T = (hidden_TD.new_empty(tokens, dtype=torch.float32) for _ in range(4))
     targets_T = targets_T.contiguous()
     block = max(1, min(tokens, chunk or BLOCK_TOKENS))
+    if tiles.fit(hidden_TD, weight_VD):
+        columns = vocabulary if weight_VD.dtype == hidden_TD.dtype else CAST_COLUMNS
+        for rows in pieces(tokens, block):
+            count = rows.stop - rows.start
+            partitions_NK, entropies_NK = hidden_TD.new_empty(
+                2, tiles.across(vocabulary), count, dtype=torch.float32
+            ).unbind()
+            for part in pieces(vocabulary, columns):
+                within = slice(part.start // tiles.BLOCK_C, tiles.across(part.stop))
+                tiles.reduce(
+                    hidden_TD[rows],
+                    weight_VD[part].to(hidden_TD.dtype),
+                    targets_T[rows],
+                    part.start,
+                    temperature,
+                    partitions_NK[within],
+                    entropies_NK[within],
+                    chosen_T[rows],
+                )
+            tiles.combine(
+                partitions_NK,
+                entropies_NK,
+                chosen_T[rows],
+                targets_T[rows],
+                ignore_index,
+                partition_T[rows],
+                loss_T[rows],
+                entropy_T[rows],
+            )
+        return loss_T, entropy_T, partition_T
     columns = _columns(block, vocabulary, hidden_TD.itemsize)
-    buffer = hidden_TD.new_empty(block * columns)
-    for part in _pieces(vocabulary, columns):
+    buffer = room(hidden_TD, block, columns)
+    for part in pieces(vocabulary, columns):
         weight_CD = weight_VD[part].to(hidden_TD.dtype)
-        width = len(weight_CD)
-        for rows in _pieces(tokens, block):
-            hidden_KD = hidden_TD[rows]
-            logits_KC = buffer[: len(hidden_KD) * width].view(-1, width)
-            torch.mm(hidden_KD, weight_CD.T, out=logits_KC)
-            _reduce_kernel[(len(hidden_KD),)](
+        for rows in pieces(tokens, block):
+            logits_KC = view_of(buffer, rows.stop - rows.start, len(weight_CD))
+            torch.mm(hidden_TD[rows], weight_CD.T, out=logits_KC)
+            reduce_rows(
                 logits_KC,
                 targets_T[rows],
                 partition_T[rows],
                 chosen_T[rows],
                 loss_T[rows],
                 entropy_T[rows],
-                width,
                 part.start,
                 ignore_index,
-                LOG2_E / temperature,
-                LN_2,
-                **_launch(width),
+                temperature,
             )
     return loss_T, entropy_T, partition_T
 
 
-@_forward.register_fake
+@forward.register_fake
 def _(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int, chunk: int | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,38 +315,33 @@ def _backward(
     targets_T, grad_T = targets_T.contiguous(), grad_T.contiguous()
     block = max(1, min(tokens, chunk or BLOCK_TOKENS))
     columns = _columns(block, vocabulary, hidden_TD.itemsize)
-    buffer = hidden_TD.new_empty(block * columns)
+    buffer = room(hidden_TD, block, columns)
+    in_tiles = tiles.fit(hidden_TD, weight_VD)
     sums = hidden_TD.dtype if columns == vocabulary else torch.float32
     grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0, dtype=sums)
     grad_weight_VD = weight_VD.new_empty(weight_VD.shape if needs_weight else 0)
     if needs_weight and not tokens:
         grad_weight_VD.zero_()
-    for part in _pieces(vocabulary, columns):
+    for part in pieces(vocabulary, columns):
         weight_CD = weight_VD[part].to(hidden_TD.dtype)
-        width = len(weight_CD)
         grad_weight_CD = grad_weight_VD[part]
         if needs_weight and tokens > block and weight_VD.dtype != torch.float32:
             grad_weight_CD = grad_weight_CD.new_empty(grad_weight_CD.shape, dtype=torch.float32)
-        for rows in _pieces(tokens, block):
+        for rows in pieces(tokens, block):
             hidden_KD = hidden_TD[rows]
-            logits_KC = buffer[: len(hidden_KD) * width].view(-1, width)
-            torch.mm(hidden_KD, weight_CD.T, out=logits_KC)
-            _gradient_kernel[(len(hidden_KD),)](
-                logits_KC,
-                targets_T[rows],
-                partition_T[rows],
-                grad_T[rows],
-                width,
-                part.start,
-                ignore_index,
-                LOG2_E / temperature,
-                1 / temperature,
-                **_launch(width),
-            )
+            logits_KC = view_of(buffer, len(hidden_KD), len(weight_CD))
+            known = (partition_T[rows], grad_T[rows])
+            if in_tiles:
+                tiles.gradient(
+                    hidden_KD, weight_CD, targets_T[rows], part.start, ignore_index, temperature, *known, logits_KC
+                )
+            else:
+                torch.mm(hidden_KD, weight_CD.T, out=logits_KC)
+                gradient_rows(logits_KC, targets_T[rows], *known, part.start, ignore_index, temperature)
             if needs_hidden:
-                _product(grad_hidden_TD[rows], logits_KC, weight_CD, accumulate=part.start > 0)
+                product(grad_hidden_TD[rows], logits_KC, weight_CD, accumulate=part.start > 0)
             if needs_weight:
-                _product(grad_weight_CD, logits_KC.T, hidden_KD, accumulate=rows.start > 0)
+                product(grad_weight_CD, logits_KC.T, hidden_KD, accumulate=rows.start > 0)
         if needs_weight and tokens > block:
             grad_weight_VD[part] = grad_weight_CD
     return grad_hidden_TD.to(hidden_TD.dtype), grad_weight_VD
@@ -280,7 +378,7 @@ def _gradients(ctx, grad_T, _grad_entropy, _grad_partition):
     return grad_hidden_TD if needs_hidden else None, grad_weight_VD if needs_weight else None, None, None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+forward.register_autograd(_gradients, setup_context=_keep)
 
 
 def linear_cross_entropy(
@@ -292,5 +390,5 @@ def linear_cross_entropy(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss_T, entropy_T); see the operator's docstring."""
-    loss_T, entropy_T, _ = _forward(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
+    loss_T, entropy_T, _ = forward(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
     return loss_T, entropy_T

@@ -2,70 +2,27 @@
 
 When the weight of every token is known beforehand, nothing has to wait for the backward pass: the logits of a block of
 tokens are made over the whole vocabulary, one pass turns them in place into their gradient, and the products for the
-gradients of hidden states and weight follow at once. The backward pass multiplies by one number. The pass reads a row
-twice, the second time from the L2: a program has an SM for itself, so that all rows under way fit there.
+gradients of hidden states and weight follow at once. The backward pass multiplies by one number.
 
 The gradient of the weight is summed over blocks of tokens in the weight's own dtype (inside a block in float32): in
 bfloat16 that adds a rounding for each block. A weight in another dtype than the hidden states is cast as a whole.
 
 Leaves out: as `triton.py`, and the entropy.
 
-Shapes: T tokens, D hidden size, V vocabulary, K tokens of a block.
+Shapes: T tokens, D hidden size, V vocabulary, K tokens of a block, N tiles across a row.
 """
 
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .triton import LOG2_E, _forward, _pieces, _product
+from . import tiles
+from .triton import forward, gradient_rows, pieces, product, reduce_rows, room, view_of
 
 # The buffer that holds the logits of a block of tokens.
-BUFFER_BYTES = 2**29
+BUFFER_BYTES = 15 * 2**25
 TOKENS_MULTIPLE = 128
-
-
-@triton.jit
-def _loss_and_gradient_kernel(
-    logits_ptr,
-    targets_ptr,
-    token_weights_ptr,
-    loss_ptr,
-    columns,
-    ignore_index,
-    scale_log2,
-    inverse_temperature,
-    BLOCK_V: tl.constexpr,
-):
-    # One row a program, in powers of two until the results are written.
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
-    ignored = target == ignore_index
-    weight = tl.load(token_weights_ptr + row).to(tl.float32)
-    read = tl.where(ignored, 0, columns)
-    row_ptr = logits_ptr + row * columns
-    top = tl.full((), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((), dtype=tl.float32)
-    for start in range(0, read, BLOCK_V):
-        column_V = start + tl.arange(0, BLOCK_V)
-        logit_V = tl.load(row_ptr + column_V, mask=column_V < columns, other=float("-inf")).to(tl.float32)
-        logit_V *= scale_log2
-        new_top = tl.maximum(top, tl.max(logit_V, axis=0))
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logit_V - new_top), axis=0)
-        top = new_top
-    partition = tl.where(ignored, 0.0, top + tl.log2(tl.where(ignored, 1.0, total)))
-    chosen = tl.load(row_ptr + target, mask=(target >= 0) & (target < read), other=0.0).to(tl.float32) * scale_log2
-    tl.store(loss_ptr + row, tl.where(ignored, 0.0, (partition - chosen) * weight))
-    scale = weight * inverse_temperature
-    for start in range(0, columns, BLOCK_V):
-        column_V = start + tl.arange(0, BLOCK_V)
-        logit_V = tl.load(row_ptr + column_V, mask=column_V < read, other=0.0).to(tl.float32)
-        share_V = tl.exp2(logit_V * scale_log2 - partition)
-        grad_V = (share_V - tl.where(column_V == target, 1.0, 0.0)) * scale
-        grad_V = tl.where(ignored, 0.0, grad_V)
-        tl.store(row_ptr + column_V, grad_V.to(logits_ptr.dtype.element_ty), mask=column_V < columns)
 
 
 def _block(tokens: int, vocabulary: int, itemsize: int) -> int:
@@ -87,36 +44,37 @@ def _with_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     targets_T, token_weights_T = targets_T.contiguous(), token_weights_T.contiguous()
-    loss_T = hidden_TD.new_empty(tokens, dtype=torch.float32)
+    loss_T, partition_T, chosen_T = (hidden_TD.new_empty(tokens, dtype=torch.float32) for _ in range(3))
     grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0)
     grad_weight_VD = weight_VD.new_empty(weight_VD.shape if needs_weight else 0)
     if not tokens:
         grad_weight_VD.zero_()
     weight_VD = weight_VD.to(hidden_TD.dtype)
     block = _block(tokens, vocabulary, hidden_TD.itemsize)
-    buffer = hidden_TD.new_empty(block * vocabulary)
-    columns = min(32768, max(16, triton.next_power_of_2(vocabulary)))
-    for rows in _pieces(tokens, block):
-        hidden_KD = hidden_TD[rows]
-        logits_KV = buffer[: len(hidden_KD) * vocabulary].view(-1, vocabulary)
-        torch.mm(hidden_KD, weight_VD.T, out=logits_KV)
-        _loss_and_gradient_kernel[(len(hidden_KD),)](
-            logits_KV,
-            targets_T[rows],
-            token_weights_T[rows],
-            loss_T[rows],
-            vocabulary,
-            ignore_index,
-            LOG2_E / temperature,
-            1 / temperature,
-            BLOCK_V=columns,
-            num_warps=max(1, columns // 1024),
+    buffer = room(hidden_TD, block, vocabulary)
+    in_tiles = tiles.fit(hidden_TD, weight_VD)
+    scratch = hidden_TD.new_empty(tiles.across(vocabulary) if in_tiles else 1, block, dtype=torch.float32)
+    for rows in pieces(tokens, block):
+        hidden_KD, targets_K, partition_K, chosen_K, loss_K = (
+            tensor[rows] for tensor in (hidden_TD, targets_T, partition_T, chosen_T, loss_T)
         )
+        logits_KV = view_of(buffer, len(hidden_KD), vocabulary)
+        if in_tiles:
+            partitions_NK = scratch.flatten()[: len(scratch) * len(hidden_KD)].view(len(scratch), -1)
+            tiles.reduce(
+                hidden_KD, weight_VD, targets_K, 0, temperature, partitions_NK, None, chosen_K, logits_KC=logits_KV
+            )
+            tiles.combine(partitions_NK, None, chosen_K, targets_K, ignore_index, partition_K, loss_K, None)
+        else:
+            torch.mm(hidden_KD, weight_VD.T, out=logits_KV)
+            entropy_K = scratch[0, : len(hidden_KD)]
+            reduce_rows(logits_KV, targets_K, partition_K, chosen_K, loss_K, entropy_K, 0, ignore_index, temperature)
+        gradient_rows(logits_KV, targets_K, partition_K, token_weights_T[rows], 0, ignore_index, temperature)
         if needs_hidden:
             torch.mm(logits_KV, weight_VD, out=grad_hidden_TD[rows])
         if needs_weight:
-            _product(grad_weight_VD, logits_KV.T, hidden_KD, accumulate=rows.start > 0)
-    return loss_T.sum() / LOG2_E, grad_hidden_TD, grad_weight_VD
+            product(grad_weight_VD, logits_KV.T, hidden_KD, accumulate=rows.start > 0)
+    return loss_T @ token_weights_T.to(torch.float32), grad_hidden_TD, grad_weight_VD
 
 
 @_with_gradients.register_fake
@@ -179,5 +137,5 @@ def weighted_linear_cross_entropy(
         return _WeightedLinearCrossEntropy.apply(
             hidden_TD, weight_VD, targets_T, token_weights_T, ignore_index, temperature
         )
-    loss_T, _, _ = _forward(hidden_TD, weight_VD, targets_T, ignore_index, None, temperature)
-    return (loss_T * token_weights_T).sum()
+    loss_T, _, _ = forward(hidden_TD, weight_VD, targets_T, ignore_index, None, temperature)
+    return loss_T @ token_weights_T.to(torch.float32)
