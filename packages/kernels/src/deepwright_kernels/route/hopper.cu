@@ -3,16 +3,16 @@
 // A lane holds VALUES neighbouring experts, so a group of experts is a few neighbouring lanes. The best TOP_K are found
 // without sorting: the TOP_K-th largest of the lanes' maxima is a threshold that at least TOP_K experts reach and
 // hardly more; those are compacted, one a lane, in the order of experts, and each counts how many beat it. That number
-// is its place in the result. Where more experts than lanes reach the threshold (many equal scores), a slower loop
-// takes one maximum after the other. Equal scores: the lowest expert wins, in both.
+// is its place in the result. Equal scores: the lowest expert wins. Ties among groups or candidates are noticed (they
+// are rare) and settled by slower code, and so are rows where more experts than lanes, or too few, reach the threshold
+// (many equal scores, or what is not a number).
 //
 // Counts are added up in shared memory and then, by integer atomics, in memory: the sum does not depend on the order.
 // For few rows (FEW) one cluster of blocks does everything: they add up each other's counts and write the sums, so that
 // nothing has to be cleared by a launch of its own.
 //
 // Defined from outside: EXPERTS (a multiple of 32), GROUPS, TOP_GROUPS (fewer than GROUPS, or both 1), GROUP_BEST (1 or
-// 2), TOP_K (at most 32), SIGMOID, NORMALISE, HAS_BIAS, THREADS, FEW (0, or how many
-// blocks there are).
+// 2), TOP_K (at most 32), SIGMOID, NORMALISE, HAS_BIAS, THREADS, FEW (0, or how many blocks there are).
 
 #define VALUES (EXPERTS / 32)
 #define LANES_OF_GROUP (32 / GROUPS)
@@ -20,15 +20,24 @@
 #define LOG2_E 1.4426950408889634f
 #define NOTHING __int_as_float(0xff800000)  // -inf
 
-struct Candidate {
-    float biased, score;
-    int expert;
+#define LEAST (-2147483647 - 1)  // below every ordered float
+
+// Of a warp's row: every score, and the candidates with their experts; `ranked` are the chosen scores in order.
+struct Row {
+    float scores[EXPERTS];
+    float candidates[32];
+    int experts[32];
+    float ranked[32];
 };
 
 // Integers that compare as the floats do, and back.
 __device__ __forceinline__ int ordered(float value) {
     int bits = __float_as_int(value);
     return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+__device__ __forceinline__ float float_of(int order) {
+    return __int_as_float(order ^ ((order >> 31) & 0x7fffffff));
 }
 
 __device__ __forceinline__ float exponential(float x) {
@@ -46,6 +55,19 @@ __device__ __forceinline__ float reciprocal(float x) {
 __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll
     for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(EVERYONE, x, step);
+    return x;
+}
+
+// The sum over this lane and all lower ones.
+__device__ __forceinline__ int running_sum(int x) {
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+        asm volatile(
+            "{ .reg .pred there; .reg .b32 lower; shfl.sync.up.b32 lower|there, %0, %1, 0, 0xffffffff;"
+            " @there add.s32 %0, %0, lower; }"
+            : "+r"(x)
+            : "r"(step));
+    }
     return x;
 }
 
@@ -100,13 +122,44 @@ __device__ __forceinline__ bool group_is_kept(const float (&biased)[VALUES], int
         best = fmaxf(best, other);
     }
     float worth = GROUP_BEST == 2 ? best + second : best;
-    int better = 0, group = lane / LANES_OF_GROUP;
+    int rest = ordered(worth), least = rest;
 #pragma unroll
+    for (int kept = 0; kept < TOP_GROUPS; kept++) {
+        least = __reduce_max_sync(EVERYONE, rest);
+        rest = rest == least ? LEAST : rest;
+    }
+    bool reaches = ordered(worth) >= least;
+    if (__popc(__ballot_sync(EVERYONE, reaches)) == TOP_GROUPS * LANES_OF_GROUP) return reaches;
+    int better = 0, group = lane / LANES_OF_GROUP;
     for (int other = 0; other < GROUPS; other++) {
-        float its_worth = __shfl_sync(EVERYONE, worth, other * LANES_OF_GROUP);
-        better += its_worth > worth || (its_worth == worth && other < group);
+        int its = __shfl_sync(EVERYONE, ordered(worth), other * LANES_OF_GROUP);
+        better += its > ordered(worth) || (its == ordered(worth) && other < group);
     }
     return better < TOP_GROUPS;
+}
+
+// The same choice one maximum after the other, for rows that the threshold does not serve.
+__device__ __noinline__ void choose_slowly(Row& shared, const float* bias, bool kept, int lane) {
+    int first = lane * VALUES;
+    unsigned int taken = 0;
+    __syncwarp();
+    for (int k = 0; k < TOP_K; k++) {
+        int value = LEAST, where = 0;
+        for (int v = VALUES - 1; v >= 0; v--) {
+            float biased = shared.scores[first + v];
+#if HAS_BIAS
+            biased += bias[first + v];
+#endif
+            int here = ordered(kept ? biased : NOTHING);
+            if (!(taken >> v & 1) && here >= value) value = here, where = v;
+        }
+        int highest = __reduce_max_sync(EVERYONE, value);
+        if (lane == __ffs(__ballot_sync(EVERYONE, value == highest)) - 1) {
+            shared.experts[k] = first + where;
+            taken |= 1u << where;
+        }
+    }
+    __syncwarp();
 }
 
 __device__ __forceinline__ void wait_for_cluster() {
@@ -138,11 +191,10 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS) route(
     unsigned long long* __restrict__ counts,
     int tokens,
     float scaling) {
-    __shared__ Candidate candidates_of_warp[THREADS / 32][32];
+    __shared__ __align__(16) Row row_of_warp[THREADS / 32];
     __shared__ unsigned int counted[EXPERTS];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Candidate* candidates = candidates_of_warp[warp];
-    int first = lane * VALUES;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = lane * VALUES;
+    Row& shared = row_of_warp[warp];
     for (int expert = threadIdx.x; expert < EXPERTS; expert += THREADS) counted[expert] = 0;
     __syncthreads();
 
@@ -151,25 +203,21 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS) route(
     load_row(correction, bias + first);
 #endif
     // Neighbouring rows go to different blocks, so that few rows still use many processors.
-    int row = warp * gridDim.x + blockIdx.x, rows = gridDim.x * (THREADS / 32);
-    float score[VALUES], next[VALUES];
-    if (row < tokens) load_row(next, logits + (long long)row * EXPERTS + first);
-    for (; row < tokens; row += rows) {
-#pragma unroll
-        for (int v = 0; v < VALUES; v++) score[v] = next[v];
-        if (row + rows < tokens) load_row(next, logits + (long long)(row + rows) * EXPERTS + first);
+    int rows = gridDim.x * (THREADS / 32);
+    for (int row = warp * gridDim.x + blockIdx.x; row < tokens; row += rows) {
+        float score[VALUES];
+        load_row(score, logits + (long long)row * EXPERTS + first);
 #if SIGMOID
 #pragma unroll
         for (int v = 0; v < VALUES; v++) score[v] = reciprocal(1.0f + exponential(-score[v]));
 #else
-        int highest = ordered(score[0]);
+        float highest_of_lane = score[0], sum = 0.0f;
 #pragma unroll
-        for (int v = 1; v < VALUES; v++) highest = max(highest, ordered(score[v]));
-        highest = __reduce_max_sync(EVERYONE, highest);
-        float top = __int_as_float(highest ^ ((highest >> 31) & 0x7fffffff)), sum = 0.0f;
+        for (int v = 1; v < VALUES; v++) highest_of_lane = fmaxf(highest_of_lane, score[v]);
+        float highest = float_of(__reduce_max_sync(EVERYONE, ordered(highest_of_lane)));
 #pragma unroll
         for (int v = 0; v < VALUES; v++) {
-            score[v] = exponential(score[v] - top);
+            score[v] = exponential(score[v] - highest);
             sum += score[v];
         }
         float share = 1.0f / sum_of_warp(sum);
@@ -177,8 +225,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS) route(
         for (int v = 0; v < VALUES; v++) score[v] *= share;
 #endif
         store_row(scores + (long long)row * EXPERTS + first, score);
+        store_row(shared.scores + first, score);
 
-        float biased[VALUES], lane_best;
+        float biased[VALUES], lane_best = NOTHING;
 #pragma unroll
         for (int v = 0; v < VALUES; v++) {
 #if HAS_BIAS
@@ -186,93 +235,64 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS) route(
 #else
             biased[v] = score[v];
 #endif
-            // What is not a number becomes the least one: TOP_K experts are found in any case.
-            biased[v] = fmaxf(biased[v], -3.4028234e38f);
+            lane_best = fmaxf(lane_best, biased[v]);
         }
 #if TOP_GROUPS < GROUPS
         bool kept = group_is_kept(biased, lane);
-#pragma unroll
-        for (int v = 0; v < VALUES; v++) biased[v] = kept ? biased[v] : NOTHING;
+#else
+        const bool kept = true;
 #endif
-        lane_best = biased[0];
-#pragma unroll
-        for (int v = 1; v < VALUES; v++) lane_best = fmaxf(lane_best, biased[v]);
-
         // Equal maxima leave together, so the threshold may be lower than the TOP_K-th: still one that TOP_K reach.
-        int best = ordered(lane_best), threshold_bits = 0;
+        int best = kept ? ordered(lane_best) : LEAST, threshold = 0;
 #pragma unroll
         for (int k = 0; k < TOP_K; k++) {
-            threshold_bits = __reduce_max_sync(EVERYONE, best);
-            best = best == threshold_bits ? (int)0x80000000 : best;
+            threshold = __reduce_max_sync(EVERYONE, best);
+            best = best == threshold ? LEAST : best;
         }
-        float threshold = threshold_bits == (int)0x80000000
-                              ? NOTHING
-                              : __int_as_float(threshold_bits ^ ((threshold_bits >> 31) & 0x7fffffff));
+        // Lanes of dropped groups have no candidate: nothing reaches what is not a number.
+        float reached = kept ? float_of(threshold) : __int_as_float(0x7fffffff);
         int mine = 0;
 #pragma unroll
-        for (int v = 0; v < VALUES; v++) mine += biased[v] >= threshold;
-        int before = mine;
-#pragma unroll
-        for (int step = 1; step < 32; step <<= 1) {
-            int lower = __shfl_up_sync(EVERYONE, before, step);
-            before += lane >= step ? lower : 0;
-        }
-        int found = __shfl_sync(EVERYONE, before, 31);
-        before -= mine;
+        for (int v = 0; v < VALUES; v++) mine += biased[v] >= reached;
+        int through = running_sum(mine), found = __shfl_sync(EVERYONE, through, 31);
 
-        int place = TOP_K;  // where this lane's candidate goes; TOP_K: nowhere
-        if (found <= 32) {
+        int place = TOP_K;  // where this lane's candidate goes; TOP_K and more: nowhere
+        if (found >= TOP_K && found <= 32) {
+            float* next = shared.candidates + (through - mine);
 #pragma unroll
             for (int v = 0; v < VALUES; v++) {
-                if (biased[v] >= threshold) {
-                    candidates[before] = Candidate{biased[v], score[v], first + v};
-                    before++;
+                if (biased[v] >= reached) {
+                    *next = biased[v];
+                    *reinterpret_cast<int*>(next + 32) = first + v;
+                    next++;
                 }
             }
             __syncwarp();
-            if (lane < found) {
-                float own = candidates[lane].biased;
-                place = 0;
-                for (int other = 0; other < found; other++) {
-                    float its = candidates[other].biased;
-                    place += its > own || (its == own && other < lane);
-                }
+            float own = shared.candidates[lane];
+            place = 0;
+#pragma unroll 4
+            for (int other = 0; other < found; other++) place += shared.candidates[other] > own;
+            unsigned int places = __reduce_or_sync(EVERYONE, lane < found ? 1u << place : 0);
+            if (places != EVERYONE >> (32 - found)) {  // equal candidates share a place: the earlier expert goes first
+                for (int other = 0; other < min(lane, found); other++) place += shared.candidates[other] == own;
             }
+            if (lane >= found) place = TOP_K;
         } else {
-            unsigned int taken = 0;
-            for (int k = 0; k < TOP_K; k++) {
-                int value = (int)0x80000000, where = 0;
-#pragma unroll
-                for (int v = VALUES - 1; v >= 0; v--) {
-                    int here = ordered(biased[v]);
-                    if (!(taken >> v & 1) && here >= value) value = here, where = v;
-                }
-                int highest_value = __reduce_max_sync(EVERYONE, value);
-                int winner = __ffs(__ballot_sync(EVERYONE, value == highest_value)) - 1;
-                if (lane == winner) {
-#pragma unroll
-                    for (int v = 0; v < VALUES; v++) {
-                        if (v == where) candidates[k] = Candidate{biased[v], score[v], first + v};
-                    }
-                    taken |= 1u << where;
-                }
-            }
-            __syncwarp();
+            choose_slowly(shared, bias, kept, lane);
             place = lane;
         }
 
         bool chosen = place < TOP_K;
-        float weight = chosen ? candidates[lane].score : 0.0f;
-        int expert = candidates[lane].expert;
+        int expert = chosen ? shared.experts[lane] : 0;
+        float weight = shared.scores[expert];
 #if NORMALISE
         // Every lane adds up in the order of the result: the sum does not depend on where candidates lie.
-        float ranked = 0.0f;
+        if (chosen) shared.ranked[place] = weight;
         __syncwarp();
-        if (chosen) candidates[place].score = weight;
-        __syncwarp();
+        float total = 1e-20f;
 #pragma unroll
-        for (int k = 0; k < TOP_K; k++) ranked += candidates[k].score;
-        weight = weight / (ranked + 1e-20f);
+        for (int k = 0; k < TOP_K; k++) total += shared.ranked[k];
+        weight *= reciprocal(total);
 #endif
         if (chosen) {
             experts[(long long)row * TOP_K + place] = expert;
