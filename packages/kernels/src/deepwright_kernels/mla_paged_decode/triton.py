@@ -7,11 +7,13 @@ As many programs run as the GPU has room for, whatever the batch. The tiles of k
 one sequence after the other, and every group of programs takes an equal share of that row: a part of a long sequence
 or several short ones. The lengths are read on the device, so the host need not know them. A sequence that lies in one
 group's share is finished there; of the others each group leaves a partial output in float32 with the logarithm of its
-sum of weights, which a second kernel combines. The result does not change from run to run; but where a sequence is
-cut depends on what runs beside it, and with that the last bits of its result.
+sum of weights, which a second kernel combines. Results do not change from run to run; but where a sequence is cut
+depends on what runs beside it, and with that the last bits of its result.
+
+Leaves out: products in FP8 (FP8 latents are widened to the queries' dtype first), and latents wider than 1024.
 
 Shapes: B sequences, Q new tokens of each, H heads, X a tile of Q * H rows, K a tile of keys, C latent, R rope key,
-G groups of programs, S = C / 128 scales of a token, M partial outputs.
+S scales of a token's FP8 latents, V the latents of one scale, M partial outputs.
 """
 
 from functools import cache
@@ -24,8 +26,8 @@ from torch import Tensor
 from .reference import SCALED_LATENTS
 
 LOG2_E = 1.4426950408889634
-# What a sequence costs beyond its tiles (queries are loaded, the pipeline of copies fills), in tiles.
-OVERHEAD: tl.constexpr = tl.constexpr(1)
+# What a sequence costs a program beyond its tiles (its queries are loaded, the row of copies fills), in tiles.
+OVERHEAD = tl.constexpr(2)
 
 
 @triton.jit
@@ -33,6 +35,13 @@ def _tiles(lengths_ptr, sequence, capacity, mask, BLOCK_K: tl.constexpr):
     """Tiles of keys of a sequence, or of many; a length that the table of blocks cannot hold is cut."""
     length = tl.load(lengths_ptr + sequence, mask=mask, other=0).to(tl.int32)
     return tl.cdiv(tl.minimum(length, capacity), BLOCK_K)
+
+
+@triton.jit
+def _score(q_XC, q_XR, latent_KC, rope_KR, scale_log2, PRECISION: tl.constexpr):
+    # Two products side by side, not one upon the other: the chain of dependent instructions is shorter.
+    score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
+    return score_XK + tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
 
 
 @triton.jit
@@ -72,11 +81,15 @@ def _part_kernel(
     BLOCK_R: tl.constexpr,
     FP8: tl.constexpr,
     SCALED: tl.constexpr,
-    PAGED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-    SWAP: tl.constexpr,
 ):
+    # From 64 rows on Triton gives the products to groups of four warps (wgmma); below, to single warps.
+    WIDE: tl.constexpr = BLOCK_X >= 64
+    # The output as [C, X]. See the second product.
+    TURNED: tl.constexpr = WIDE and not FP8
+    PAGED: tl.constexpr = BLOCK_SIZE % BLOCK_K == 0
+
     # Neighbours read the same keys for different rows: one of them finds them in the L2.
     group = tl.program_id(0) // row_tiles
     row_tile = tl.program_id(0) % row_tiles
@@ -87,16 +100,25 @@ def _part_kernel(
     end_B = tl.cumsum(cost_B, axis=0)
     total = tl.sum(cost_B, axis=0)
     share = tl.cdiv(total, groups)
-    if tl.program_id(0) == 0:
-        tl.store(plan_ptr + index_B, end_B - cost_B, mask=index_B < batch)
-        tl.store(plan_ptr + batch, share)
+    # Equal shares save less than cutting costs where whole sequences, so many for each group, are nearly as even.
+    each = tl.cdiv(batch, groups)
+    whole = each * tl.max(cost_B, axis=0) * 16 <= share * 17
     place = group * share
     stop = tl.minimum(place + share, total)
+    if whole:
+        place = tl.sum(tl.where(index_B < group * each, cost_B, 0), axis=0)
+        stop = tl.sum(tl.where(index_B < (group + 1) * each, cost_B, 0), axis=0)
+    start = place
+    if tl.program_id(0) == 0:
+        tl.store(plan_ptr + index_B, end_B - cost_B, mask=index_B < batch)
+        tl.store(plan_ptr + batch, tl.where(whole, total, share))
     sequence = tl.sum((end_B <= place).to(tl.int32), axis=0)
     begin = tl.sum(tl.where(index_B < sequence, cost_B, 0), axis=0)
 
     row_X = row_tile * BLOCK_X + tl.arange(0, BLOCK_X)
     real_X = row_X < QUERIES * HEADS
+    query_X = row_X // HEADS
+    head_X = row_X % HEADS
     column_C = tl.arange(0, BLOCK_C)
     column_R = tl.arange(0, BLOCK_R)
     inside_C = column_C < LATENT
@@ -105,206 +127,132 @@ def _part_kernel(
 
     while place < stop:
         tiles = _tiles(lengths_ptr, sequence, capacity, sequence < batch, BLOCK_K)
-        if tiles > 0:
-            first = place - begin
-            last = tl.minimum(tiles, stop - begin)
-            if first < last:
-                length = tl.minimum(tl.load(lengths_ptr + sequence).to(tl.int32), capacity)
-                sequence_ = sequence.to(tl.int64)
-                query_X = row_X // HEADS
-                head_X = row_X % HEADS
-                q_XC = tl.load(
-                    q_latent_ptr
-                    + sequence_ * q_latent_stride_b
-                    + (query_X * q_latent_stride_q + head_X * q_latent_stride_h)[:, None]
-                    + column_C[None, :],
-                    mask=real_X[:, None] & inside_C[None, :],
-                    other=0.0,
-                )
-                q_XR = tl.load(
-                    q_rope_ptr
-                    + sequence_ * q_rope_stride_b
-                    + (query_X * q_rope_stride_q + head_X * q_rope_stride_h)[:, None]
-                    + column_R[None, :],
-                    mask=real_X[:, None] & inside_R[None, :],
-                    other=0.0,
-                )
-                position_X = tl.load(positions_ptr + sequence_ * QUERIES + query_X, mask=real_X, other=-1).to(tl.int32)
-                # A row sees keys below its limit.
-                limit_X = tl.minimum(position_X + 1, length)
-                seen_by_all = tl.min(tl.where(real_X, limit_X, 2147483647), axis=0)
-                seen = tl.max(limit_X, axis=0)
-                table_ptr = blocks_ptr + sequence_ * blocks_stride
+        first = place - begin
+        last = tl.minimum(tiles, stop - begin)
+        if first < last:
+            length = tl.minimum(tl.load(lengths_ptr + sequence).to(tl.int32), capacity)
+            sequence_ = sequence.to(tl.int64)
+            table_ptr = blocks_ptr + sequence_ * blocks_stride
+            if PAGED:
+                # One tile ahead of its use: the copies of a tile must not wait for the table.
+                block = tl.load(table_ptr + first * BLOCK_K // BLOCK_SIZE)
+            q_XC = tl.load(
+                q_latent_ptr
+                + sequence_ * q_latent_stride_b
+                + (query_X * q_latent_stride_q + head_X * q_latent_stride_h)[:, None]
+                + column_C[None, :],
+                mask=real_X[:, None] & inside_C[None, :],
+                other=0.0,
+            )
+            q_XR = tl.load(
+                q_rope_ptr
+                + sequence_ * q_rope_stride_b
+                + (query_X * q_rope_stride_q + head_X * q_rope_stride_h)[:, None]
+                + column_R[None, :],
+                mask=real_X[:, None] & inside_R[None, :],
+                other=0.0,
+            )
+            position_X = tl.load(positions_ptr + sequence_ * QUERIES + query_X, mask=real_X, other=-1).to(tl.int32)
+            # A row sees the keys below its limit; below the lowest, every (real) row sees all.
+            limit_X = tl.minimum(position_X + 1, length)
+            lowest = tl.min(tl.where(real_X, limit_X, length), axis=0)
 
-                top_X = tl.full((BLOCK_X,), float("-inf"), dtype=tl.float32)
-                sum_X = tl.zeros((BLOCK_X,), dtype=tl.float32)
-                if SWAP == 6:
-                    sum_XK = tl.zeros((BLOCK_X, BLOCK_K), dtype=tl.float32)
-                if SWAP == 1 or SWAP == 5:
-                    out_CX = tl.zeros((BLOCK_C, BLOCK_X), dtype=tl.float32)
-                else:
-                    out_XC = tl.zeros((BLOCK_X, BLOCK_C), dtype=tl.float32)
+            top_X = tl.full((BLOCK_X,), float("-inf"), dtype=tl.float32)
+            sum_XK = tl.zeros((BLOCK_X, BLOCK_K), dtype=tl.float32)  # added up at the end: each tile saves a reduction
+            if TURNED:
+                out_CX = tl.zeros((BLOCK_C, BLOCK_X), dtype=tl.float32)
+            else:
+                out_XC = tl.zeros((BLOCK_X, BLOCK_C), dtype=tl.float32)
+            for tile in tl.range(first, last, num_stages=STAGES):
+                key_K = tile * BLOCK_K + row_K
+                cached_K = key_K < length
                 if PAGED:
-                    # One tile ahead of its use: the copies of a tile must not wait for the table.
-                    block = tl.load(table_ptr + first * BLOCK_K // BLOCK_SIZE)
-                for tile in tl.range(first, last, num_stages=STAGES):
-                    key_K = tile * BLOCK_K + row_K
-                    cached_K = key_K < length
-                    if PAGED:
-                        page = block.to(tl.int64) * BLOCK_SIZE + tile * BLOCK_K % BLOCK_SIZE
-                        start_K = cache_ptr + page * CACHE_STRIDE + row_K * CACHE_STRIDE
-                        block = tl.load(table_ptr + tl.minimum(tile + 1, last - 1) * BLOCK_K // BLOCK_SIZE)
-                    else:
-                        block_K = tl.load(table_ptr + key_K // BLOCK_SIZE, mask=cached_K, other=0).to(tl.int64)
-                        # Not (block_K * BLOCK_SIZE + key_K % BLOCK_SIZE) * CACHE_STRIDE: the compiler would take every
-                        # row to be as well aligned as a block's first, and copy more bytes at once than may be.
-                        start_K = cache_ptr + block_K * (BLOCK_SIZE * CACHE_STRIDE) + key_K % BLOCK_SIZE * CACHE_STRIDE
-                    if FP8:
-                        value_KC = tl.load(
-                            start_K.to(tl.pointer_type(tl.float8e4nv))[:, None] + column_C[None, :],
-                            mask=cached_K[:, None] & inside_C[None, :],
-                            other=0.0,
-                        )
-                        BLOCK_S: tl.constexpr = BLOCK_C // SCALED
-                        group_S = tl.arange(0, BLOCK_S)
-                        scale_KS = tl.load(
-                            (start_K + LATENT).to(tl.pointer_type(tl.float32))[:, None] + group_S[None, :],
-                            mask=cached_K[:, None] & (group_S < LATENT // SCALED)[None, :],
-                            other=0.0,
-                        )
-                        value_KSV = tl.reshape(value_KC.to(tl.float32), (BLOCK_K, BLOCK_S, SCALED))
-                        latent_KC = tl.reshape(value_KSV * scale_KS[:, :, None], (BLOCK_K, BLOCK_C)).to(tl.bfloat16)
-                        rope_start_K = (start_K + LATENT + LATENT // SCALED * 4).to(tl.pointer_type(tl.bfloat16))
-                    else:
-                        latent_KC = tl.load(
-                            start_K[:, None] + column_C[None, :],
-                            mask=cached_K[:, None] & inside_C[None, :],
-                            other=0.0,
-                        )
-                        rope_start_K = start_K + LATENT
-                    rope_KR = tl.load(
-                        rope_start_K[:, None] + column_R[None, :],
-                        mask=cached_K[:, None] & inside_R[None, :],
-                        other=0.0,
-                    ).to(q_XR.dtype)
-                    latent_KC = latent_KC.to(q_XC.dtype)
-                    if SWAP == 1:
-                        score_KX = tl.dot(latent_KC, tl.trans(q_XC), input_precision=PRECISION)
-                        score_KX = tl.dot(rope_KR, tl.trans(q_XR), acc=score_KX, input_precision=PRECISION)
-                        score_KX = tl.where(key_K[:, None] < limit_X[None, :], score_KX * scale_log2, float("-inf"))
-                        new_top_X = tl.maximum(top_X, tl.max(score_KX, axis=0))
-                        safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
-                        weight_KX = tl.exp2(score_KX - safe_top_X[None, :])
-                        shrink_X = tl.exp2(top_X - safe_top_X)
-                        sum_X = sum_X * shrink_X + tl.sum(weight_KX, axis=0)
-                        out_CX = out_CX * shrink_X[None, :]
-                        out_CX = tl.dot(
-                            tl.trans(latent_KC), weight_KX.to(latent_KC.dtype), acc=out_CX, input_precision=PRECISION
-                        )
-                        top_X = new_top_X
-                    elif SWAP == 2:
-                        seen_XK = key_K[None, :] < limit_X[:, None]
-                        weight_XK = seen_XK.to(latent_KC.dtype)
-                        shrink_X = sum_X * 0 + 1
-                        if tile * BLOCK_K < seen:
-                            score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
-                            score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
-                            score_XK = tl.where(seen_XK, score_XK, float("-inf"))
-
-                            new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
-                            # A row that has seen nothing yet has top -inf; -inf − -inf would be NaN.
-                            safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
-                            score_XK = tl.exp2(score_XK - safe_top_X[:, None])
-                            weight_XK = score_XK.to(latent_KC.dtype)
-                            shrink_X = tl.exp2(top_X - safe_top_X)
-                            sum_X = sum_X * shrink_X + tl.sum(score_XK, axis=1)
-                            top_X = new_top_X
-                        out_XC = out_XC * shrink_X[:, None]
-                        out_XC = tl.dot(weight_XK, latent_KC, acc=out_XC, input_precision=PRECISION)
-                    elif SWAP == 4:
-                        if (tile + 1) * BLOCK_K <= seen_by_all:
-                            score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
-                            score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
-                        else:
-                            score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
-                            score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
-                            score_XK = tl.where(key_K[None, :] < limit_X[:, None], score_XK, float("-inf"))
-                        new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
-                        safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
-                        weight_XK = tl.exp2(score_XK - safe_top_X[:, None])
-                        shrink_X = tl.exp2(top_X - safe_top_X)
-                        sum_X = sum_X * shrink_X + tl.sum(weight_XK, axis=1)
-                        top_X = new_top_X
-                        out_XC = out_XC * shrink_X[:, None]
-                        out_XC = tl.dot(weight_XK.to(latent_KC.dtype), latent_KC, acc=out_XC, input_precision=PRECISION)
-                    elif SWAP == 5:
-                        if (tile + 1) * BLOCK_K <= seen_by_all:
-                            score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
-                            score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
-                        else:
-                            score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
-                            score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
-                            score_XK = tl.where(key_K[None, :] < limit_X[:, None], score_XK, float("-inf"))
-                        new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
-                        safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
-                        weight_XK = tl.exp2(score_XK - safe_top_X[:, None])
-                        shrink_X = tl.exp2(top_X - safe_top_X)
-                        sum_X = sum_X * shrink_X + tl.sum(weight_XK, axis=1)
-                        top_X = new_top_X
-                        out_CX = out_CX * shrink_X[None, :]
-                        weight_KX = tl.trans(weight_XK.to(latent_KC.dtype))
-                        out_CX = tl.dot(tl.trans(latent_KC), weight_KX, acc=out_CX, input_precision=PRECISION)
-                    elif SWAP == 6:
-                        score_XK = tl.dot(q_XR, tl.trans(rope_KR), input_precision=PRECISION) * scale_log2
-                        score_XK += tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
-                        score_XK = tl.where(key_K[None, :] < limit_X[:, None], score_XK, float("-inf"))
-                        new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
-                        safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
-                        weight_XK = tl.exp2(score_XK - safe_top_X[:, None])
-                        shrink_X = tl.exp2(top_X - safe_top_X)
-                        sum_XK = sum_XK * shrink_X[:, None] + weight_XK
-                        top_X = new_top_X
-                        out_XC = out_XC * shrink_X[:, None]
-                        weight_XK = weight_XK.to(latent_KC.dtype)
-                        out_XC = tl.dot(weight_XK, latent_KC, acc=out_XC, input_precision=PRECISION)
-                    else:
-                        score_XK = tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION)
-                        score_XK = tl.dot(q_XR, tl.trans(rope_KR), acc=score_XK, input_precision=PRECISION)
-                        score_XK = tl.where(key_K[None, :] < limit_X[:, None], score_XK * scale_log2, float("-inf"))
-
-                        new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
-                        # A row that has seen nothing yet has top -inf; -inf − -inf would be NaN.
-                        safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
-                        weight_XK = tl.exp2(score_XK - safe_top_X[:, None])
-                        shrink_X = tl.exp2(top_X - safe_top_X)
-                        sum_X = sum_X * shrink_X + tl.sum(weight_XK, axis=1)
-                        out_XC = out_XC * shrink_X[:, None]
-                        out_XC = tl.dot(weight_XK.to(latent_KC.dtype), latent_KC, acc=out_XC, input_precision=PRECISION)
-                        top_X = new_top_X
-
-                if SWAP == 6:
-                    sum_X = tl.sum(sum_XK, axis=1)
-                if SWAP == 1 or SWAP == 5:
-                    out_XC = tl.trans(out_CX)
-                out_XC = out_XC / tl.where(sum_X == 0.0, 1.0, sum_X)[:, None]
-                if (first == 0) & (last == tiles):
-                    tl.store(
-                        out_ptr + (sequence_ * QUERIES * HEADS + row_X)[:, None] * LATENT + column_C[None, :],
-                        out_XC.to(out_ptr.dtype.element_ty),
-                        mask=real_X[:, None] & inside_C[None, :],
-                    )
+                    page = block.to(tl.int64) * BLOCK_SIZE + tile * BLOCK_K % BLOCK_SIZE
+                    start_K = cache_ptr + page * CACHE_STRIDE + row_K * CACHE_STRIDE
+                    block = tl.load(table_ptr + tl.minimum(tile + 1, last - 1) * BLOCK_K // BLOCK_SIZE)
                 else:
-                    # Of a group's share only the first and the last piece can belong to a sequence that was cut.
-                    slot = group * 2 + (place != group * share).to(tl.int32)
-                    line_X = slot.to(tl.int64) * row_tiles * BLOCK_X + row_X
-                    tl.store(
-                        part_ptr + line_X[:, None] * LATENT + column_C[None, :],
-                        out_XC,
-                        mask=real_X[:, None] & inside_C[None, :],
+                    block_K = tl.load(table_ptr + key_K // BLOCK_SIZE, mask=cached_K, other=0).to(tl.int64)
+                    # Not (block_K * BLOCK_SIZE + key_K % BLOCK_SIZE) * CACHE_STRIDE: the compiler would take every row
+                    # to be as well aligned as a block's first, and copy more bytes at once than may be.
+                    start_K = cache_ptr + block_K * (BLOCK_SIZE * CACHE_STRIDE) + key_K % BLOCK_SIZE * CACHE_STRIDE
+                if FP8:
+                    value_KC = tl.load(
+                        start_K.to(tl.pointer_type(tl.float8e4nv))[:, None] + column_C[None, :],
+                        mask=cached_K[:, None] & inside_C[None, :],
+                        other=0.0,
                     )
-                    tl.store(lse_ptr + line_X, top_X + tl.log2(tl.where(sum_X == 0.0, 1.0, sum_X)), mask=real_X)
+                    BLOCK_S: tl.constexpr = BLOCK_C // SCALED
+                    column_S = tl.arange(0, BLOCK_S)
+                    scale_KS = tl.load(
+                        (start_K + LATENT).to(tl.pointer_type(tl.float32))[:, None] + column_S[None, :],
+                        mask=cached_K[:, None] & (column_S < LATENT // SCALED)[None, :],
+                        other=0.0,
+                    )
+                    value_KSV = tl.reshape(value_KC.to(tl.float32), (BLOCK_K, BLOCK_S, SCALED))
+                    latent_KC = tl.reshape(value_KSV * scale_KS[:, :, None], (BLOCK_K, BLOCK_C)).to(tl.bfloat16)
+                    rope_start_K = (start_K + LATENT + LATENT // SCALED * 4).to(tl.pointer_type(tl.bfloat16))
+                else:
+                    latent_KC = tl.load(
+                        start_K[:, None] + column_C[None, :], mask=cached_K[:, None] & inside_C[None, :], other=0.0
+                    )
+                    rope_start_K = start_K + LATENT
+                rope_KR = tl.load(
+                    rope_start_K[:, None] + column_R[None, :], mask=cached_K[:, None] & inside_R[None, :], other=0.0
+                ).to(q_XR.dtype)
+                latent_KC = latent_KC.to(q_XC.dtype)
+                if WIDE:
+                    # The branch saves the mask, and more: where Triton sees the scores flow into the second product, it
+                    # gives each warp whole rows, and with 64 rows two groups of warps would make the same scores.
+                    if (tile + 1) * BLOCK_K <= lowest:
+                        score_XK = _score(q_XC, q_XR, latent_KC, rope_KR, scale_log2, PRECISION)
+                    else:
+                        score_XK = _score(q_XC, q_XR, latent_KC, rope_KR, scale_log2, PRECISION)
+                        score_XK = tl.where(key_K[None, :] < limit_X[:, None], score_XK, float("-inf"))
+                else:
+                    score_XK = _score(q_XC, q_XR, latent_KC, rope_KR, scale_log2, PRECISION)
+                    score_XK = tl.where(key_K[None, :] < limit_X[:, None], score_XK, float("-inf"))
+
+                new_top_X = tl.maximum(top_X, tl.max(score_XK, axis=1))
+                # A row that has seen nothing yet has top -inf; -inf − -inf would be NaN.
+                safe_top_X = tl.where(new_top_X == float("-inf"), 0.0, new_top_X)
+                weight_XK = tl.exp2(score_XK - safe_top_X[:, None])
+                shrink_X = tl.exp2(top_X - safe_top_X)
+                top_X = new_top_X
+                sum_XK = sum_XK * shrink_X[:, None] + weight_XK
+                weight_XK = weight_XK.to(latent_KC.dtype)
+                if TURNED:
+                    # Both products then use the tile of latents by the same (transposed) view. Triton keeps a spare
+                    # tile for operands that one wgmma alone reads, and shared memory has no room for a third.
+                    out_CX = out_CX * shrink_X[None, :]
+                    out_CX = tl.dot(tl.trans(latent_KC), tl.trans(weight_XK), acc=out_CX, input_precision=PRECISION)
+                else:
+                    out_XC = out_XC * shrink_X[:, None]
+                    out_XC = tl.dot(weight_XK, latent_KC, acc=out_XC, input_precision=PRECISION)
+
+            if TURNED:
+                out_XC = tl.trans(out_CX)
+            sum_X = tl.sum(sum_XK, axis=1)
+            sum_X = tl.where(sum_X == 0.0, 1.0, sum_X)
+            out_XC = out_XC / sum_X[:, None]
+            if (first == 0) & (last == tiles):
+                tl.store(
+                    out_ptr + (sequence_ * QUERIES * HEADS + row_X)[:, None] * LATENT + column_C[None, :],
+                    out_XC.to(out_ptr.dtype.element_ty),
+                    mask=real_X[:, None] & inside_C[None, :],
+                )
+            else:
+                # Of a group's share only the first and the last piece can belong to a sequence that was cut.
+                part = group * 2 + (place != start).to(tl.int32)
+                line_X = part.to(tl.int64) * row_tiles * BLOCK_X + row_X
+                tl.store(
+                    part_ptr + line_X[:, None] * LATENT + column_C[None, :],
+                    out_XC,
+                    mask=real_X[:, None] & inside_C[None, :],
+                )
+                tl.store(lse_ptr + line_X, top_X + tl.log2(sum_X), mask=real_X)
+        if tiles > 0:
             begin += tiles + OVERHEAD
-            place = begin
+        place = begin
         sequence += 1
 
 
@@ -323,7 +271,6 @@ def _combine_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Joins the partial outputs of one row of a sequence that was cut. An empty sequence gives zeros."""
     sequence = tl.program_id(0) // ROWS
@@ -331,8 +278,6 @@ def _combine_kernel(
     column_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_C = column_C < LATENT
     tiles = _tiles(lengths_ptr, sequence, capacity, sequence < batch, BLOCK_K)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     begin = tl.load(plan_ptr + sequence)
     share = tl.maximum(tl.load(plan_ptr + batch), 1)
     first = begin // share
@@ -344,8 +289,8 @@ def _combine_kernel(
         for start in range(first, tl.where(tiles == 0, first, last + 1), BLOCK_M):
             group_M = start + tl.arange(0, BLOCK_M)
             here_M = group_M <= last
-            slot_M = group_M * 2 + ((group_M == first) & (begin != first * share)).to(tl.int32)
-            line_M = slot_M.to(tl.int64) * part_rows + row
+            part_M = group_M * 2 + ((group_M == first) & (begin != first * share)).to(tl.int32)
+            line_M = part_M.to(tl.int64) * part_rows + row
             lse_M = tl.load(lse_ptr + line_M, mask=here_M, other=float("-inf"))
             part_MC = tl.load(
                 part_ptr + line_M[:, None] * LATENT + column_C[None, :],
@@ -370,18 +315,20 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
 
 
-def _tile_sizes(rows: int, latent: int, rope: int, dtype: torch.dtype, fp8: bool) -> dict[str, int]:
-    """Rows and keys of a tile, warps, and how many programs an SM holds."""
-    wide = dtype == torch.float32
-    block_rows = min(64, max(16, triton.next_power_of_2(rows)))
-    if wide:
-        return {"BLOCK_X": min(32, block_rows), "BLOCK_K": 16, "num_warps": 8, "STAGES": 2, "per_sm": 1, "SWAP": 0}
-    if block_rows == 64:
-        return {"BLOCK_X": 64, "BLOCK_K": 64, "num_warps": 8, "STAGES": 2, "per_sm": 1, "SWAP": 0}
-    return {"BLOCK_X": block_rows, "BLOCK_K": 64, "num_warps": 8, "STAGES": 3, "per_sm": 1, "SWAP": 0}
+def _tile(rows: int, latent: int, rope: int, dtype: torch.dtype, fp8: bool) -> dict[str, int]:
+    """Rows and keys of a tile, warps, and the depth of the row of copies, as an SM's shared memory allows."""
+    if dtype == torch.float32 or latent > 512 or rope > 64:
+        return {"BLOCK_X": 16, "BLOCK_K": 16, "num_warps": 8, "STAGES": 2}
+    # FP8 latents are widened once for both products only where wgmma reads them from shared memory.
+    if rows > 32 or fp8:
+        return {"BLOCK_X": 64, "BLOCK_K": 64, "num_warps": 8, "STAGES": 3}
+    if rows > 16:
+        return {"BLOCK_X": 32, "BLOCK_K": 64, "num_warps": 8, "STAGES": 3}
+    return {"BLOCK_X": 16, "BLOCK_K": 64, "num_warps": 4, "STAGES": 3}
 
 
-def _launch(
+@torch.library.custom_op("deepwright::mla_paged_decode", mutates_args=())
+def _decode(
     q_latent_BQHC: Tensor,
     q_rope_BQHR: Tensor,
     cache_NW: Tensor,
@@ -390,26 +337,28 @@ def _launch(
     lengths_B: Tensor,
     block_size: int,
     scale: float,
-    tile: dict[str, int],
 ) -> Tensor:
     batch, queries, heads, latent = q_latent_BQHC.shape
-    rope, rows, device = q_rope_BQHR.shape[-1], queries * heads, q_latent_BQHC.device
+    rope, rows = q_rope_BQHR.shape[-1], queries * heads
+    device, dtype, fp8 = q_latent_BQHC.device, q_latent_BQHC.dtype, cache_NW.dtype == torch.uint8
+    if q_latent_BQHC.numel() == 0:
+        return torch.empty(q_latent_BQHC.shape, dtype=dtype, device=device)
+    tile = _tile(rows, latent, rope, dtype, fp8)
+    if device.type == "cpu":
+        # The interpreter's tl.dot multiplies the bits of bfloat16 as if they were integers.
+        q_latent_BQHC, q_rope_BQHR = q_latent_BQHC.float(), q_rope_BQHR.float()
+        cache_NW = cache_NW if fp8 else cache_NW.float()
     out_BQHC = torch.empty(q_latent_BQHC.shape, dtype=q_latent_BQHC.dtype, device=device)
-    if out_BQHC.numel() == 0:
-        return out_BQHC
-    tile = dict(tile)
-    per_sm = tile.pop("per_sm")
-    combine = tile.pop("combine", 1)
+    blocks_BP, positions_BQ, lengths_B = blocks_BP.contiguous(), positions_BQ.contiguous(), lengths_B.contiguous()
+
     capacity = blocks_BP.shape[1] * block_size
     row_tiles = triton.cdiv(rows, tile["BLOCK_X"])
-    most = batch * triton.cdiv(capacity, tile["BLOCK_K"])
-    groups = max(1, min(_multiprocessors(device) * per_sm // row_tiles, most))
     part_rows = row_tiles * tile["BLOCK_X"]
+    most = batch * triton.cdiv(capacity, tile["BLOCK_K"])
+    groups = max(1, min(_multiprocessors(device) // row_tiles, most))
     part_MC = torch.empty((2 * groups * part_rows, latent), dtype=torch.float32, device=device)
     lse_M = torch.empty(2 * groups * part_rows, dtype=torch.float32, device=device)
     plan_B = torch.empty(batch + 1, dtype=torch.int32, device=device)
-    lengths_B, positions_BQ = lengths_B.contiguous(), positions_BQ.contiguous()
-    blocks_BP = blocks_BP.contiguous()
     _part_kernel[(groups * row_tiles,)](
         q_latent_BQHC,
         q_rope_BQHR,
@@ -426,7 +375,7 @@ def _launch(
         *q_latent_BQHC.stride()[:3],
         *q_rope_BQHR.stride()[:3],
         capacity,
-        scale * LOG2_E,
+        scale * LOG2_E,  # the kernel works in powers of two
         groups,
         row_tiles,
         QUERIES=queries,
@@ -438,58 +387,32 @@ def _launch(
         BLOCK_B=triton.next_power_of_2(batch),
         BLOCK_C=max(16, triton.next_power_of_2(latent)),
         BLOCK_R=max(16, triton.next_power_of_2(rope)),
-        FP8=cache_NW.dtype == torch.uint8,
+        FP8=fp8,
         SCALED=SCALED_LATENTS,
-        PAGED=block_size % tile["BLOCK_K"] == 0,
-        PRECISION="ieee" if q_latent_BQHC.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if dtype == torch.float32 else "tf32",
         num_stages=tile["STAGES"],
         **tile,
     )
-    if combine:
-        parts = max(4, min(64, triton.next_power_of_2(groups // batch + 2))) if combine < 4 else 4
-        columns = min(triton.next_power_of_2(latent), max(64, 4096 // parts if combine < 4 else 512))
-        early = device.type == "cuda" and combine > 1
-        _combine_kernel[(batch * rows, triton.cdiv(latent, columns))](
-            part_MC,
-            lse_M,
-            plan_B,
-            lengths_B,
-            out_BQHC,
-            batch,
-            capacity,
-            part_rows,
-            ROWS=rows,
-            LATENT=latent,
-            BLOCK_K=tile["BLOCK_K"],
-            BLOCK_M=parts,
-            BLOCK_C=columns,
-            EARLY=early,
-            num_warps=4 if combine != 3 else 2,
-            **({"launch_pdl": True} if early else {}),
-        )
-    return out_BQHC
-
-
-@torch.library.custom_op("deepwright::mla_paged_decode", mutates_args=())
-def _decode(
-    q_latent_BQHC: Tensor,
-    q_rope_BQHR: Tensor,
-    cache_NW: Tensor,
-    blocks_BP: Tensor,
-    positions_BQ: Tensor,
-    lengths_B: Tensor,
-    block_size: int,
-    scale: float,
-) -> Tensor:
-    fp8, dtype = cache_NW.dtype == torch.uint8, q_latent_BQHC.dtype
-    if q_latent_BQHC.device.type == "cpu":
-        # The interpreter's tl.dot multiplies the bits of bfloat16 as if they were integers.
-        q_latent_BQHC, q_rope_BQHR = q_latent_BQHC.float(), q_rope_BQHR.float()
-        cache_NW = cache_NW if fp8 else cache_NW.float()
-    _, queries, heads, latent = q_latent_BQHC.shape
-    tile = _tile_sizes(queries * heads, latent, q_rope_BQHR.shape[-1], q_latent_BQHC.dtype, fp8)
-    arguments = (q_latent_BQHC, q_rope_BQHR, cache_NW, blocks_BP, positions_BQ, lengths_B, block_size, scale)
-    return _launch(*arguments, tile).to(dtype)
+    # As many pieces at once as a sequence is likely to have.
+    pieces = max(4, min(64, triton.next_power_of_2(groups // batch + 2)))
+    columns = min(triton.next_power_of_2(latent), 4096 // pieces)
+    _combine_kernel[(batch * rows, triton.cdiv(latent, columns))](
+        part_MC,
+        lse_M,
+        plan_B,
+        lengths_B,
+        out_BQHC,
+        batch,
+        capacity,
+        part_rows,
+        ROWS=rows,
+        LATENT=latent,
+        BLOCK_K=tile["BLOCK_K"],
+        BLOCK_M=pieces,
+        BLOCK_C=columns,
+        num_warps=2,
+    )
+    return out_BQHC.to(dtype)
 
 
 @_decode.register_fake
