@@ -43,32 +43,22 @@ def latent_cache_write(
     require(eps >= 0, NAME, "eps", f"is {eps}; expected a number that is not negative")
     require_dtype(NAME, "cache_NW", cache_NW, (*FLOATS, torch.uint8))
     if cache_NW.dtype == torch.uint8:
-        require(
-            latent % SCALED_LATENTS == 0,
-            NAME,
-            "weight_C",
-            f"has {latent} latents and cache_NW takes them in FP8, {SCALED_LATENTS} to a scale; expected a multiple",
-        )
-        meaning = f"[N, bytes of {latent} FP8 latents, their scales and {rope} rope values]"
+        if latent % SCALED_LATENTS:
+            problem = f"has {latent} latents and cache_NW takes them in FP8, {SCALED_LATENTS} to a scale"
+            require(False, NAME, "weight_C", f"{problem}; expected a multiple")
+        meaning = "[N, bytes of C FP8 latents, their scales and R rope values]"
         require_shape(NAME, "cache_NW", cache_NW, (None, fp8_row_bytes(latent, rope)), meaning)
     else:
         require_shape(NAME, "cache_NW", cache_NW, (None, latent + rope), "[N, C + R]")
     require(cache_NW.is_contiguous(), NAME, "cache_NW", "is not contiguous; expected the cache itself, not a slice")
-    for argument, tensor in (("kv_TW", kv_TW), ("weight_C", weight_C), ("cos_TF", cos_TF), ("sin_TF", sin_TF)):
+    floats = {"kv_TW": kv_TW, "weight_C": weight_C, "cos_TF": cos_TF, "sin_TF": sin_TF}
+    tensors = {**floats, "cache_NW": cache_NW, "slots_T": slots_T}
+    for argument, tensor in floats.items():
         require_dtype(NAME, argument, tensor, FLOATS)
-    for argument, tensor in (
-        ("kv_TW", kv_TW),
-        ("weight_C", weight_C),
-        ("cos_TF", cos_TF),
-        ("sin_TF", sin_TF),
-        ("cache_NW", cache_NW),
-        ("slots_T", slots_T),
-    ):
+    for argument, tensor in tensors.items():
         require_device(NAME, argument, tensor, kv_TW.device)
-        require(
-            not (tensor.requires_grad and torch.is_grad_enabled()),
-            NAME,
-            argument,
-            "requires a gradient and a cache has none; call it under torch.no_grad()",
-        )
+    if torch.is_grad_enabled():
+        for argument, tensor in tensors.items():
+            problem = "requires a gradient and a cache has none; call it under torch.no_grad()"
+            require(not tensor.requires_grad, NAME, argument, problem)
     dispatch.run(NAME, kv_TW, weight_C, eps, cos_TF, sin_TF, cache_NW, slots_T)

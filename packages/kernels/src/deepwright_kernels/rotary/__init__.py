@@ -3,7 +3,6 @@ input."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import dispatch
@@ -23,18 +22,17 @@ for name in (ROTARY, TAIL):
 
 
 def _check_angles(operator: str, x: Tensor, cos: Tensor, sin: Tensor, pairs: int) -> None:
-    require(
-        cos.shape == sin.shape, operator, "sin", f"has shape {shape_of(sin)} and cos {shape_of(cos)}; expected equal"
-    )
-    target = (*x.shape[:-1], pairs)
+    if cos.shape != sin.shape:
+        problem = f"has shape {shape_of(sin)} and cos {shape_of(cos)}; expected equal"
+        require(False, operator, "sin", problem)
     for argument, tensor in (("cos", cos), ("sin", sin)):
         require_dtype(operator, argument, tensor, FLOATS)
         require_device(operator, argument, tensor, x.device)
-        try:
-            fits = torch.broadcast_shapes(tensor.shape, target) == target and tensor.shape[-1:] == target[-1:]
-        except RuntimeError:
-            fits = False
-        require(fits, operator, argument, f"has shape {shape_of(tensor)}, which does not broadcast to {list(target)}")
+    # By hand: torch.broadcast_shapes takes a host as long as two launches.
+    target, leading = (*x.shape[:-1], pairs), cos.shape[:-1]
+    fits = cos.ndim <= len(target) and cos.shape[-1:] == (pairs,)
+    if not (fits and all(size in (1, want) for size, want in zip(leading[::-1], target[-2::-1], strict=False))):
+        require(False, operator, "cos", f"has shape {shape_of(cos)}, which does not broadcast to {list(target)}")
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -44,7 +42,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     give [B, S, 1, R/2] or [S, 1, R/2]. They get no gradient.
     """
     require_dtype(ROTARY, "x", x, FLOATS)
-    require(x.ndim >= 1 and x.shape[-1] % 2 == 0, ROTARY, "x", f"has shape {shape_of(x)}; expected an even last size")
+    if x.ndim < 1 or x.shape[-1] % 2:
+        require(False, ROTARY, "x", f"has shape {shape_of(x)}; expected an even last size")
     _check_angles(ROTARY, x, cos, sin, x.shape[-1] // 2)
     y: Tensor = dispatch.run(ROTARY, x, cos, sin)
     return y
@@ -59,12 +58,9 @@ def rotary_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     require(x.ndim >= 1, TAIL, "x", "has no dimensions; expected [..., P + R]")
     require(cos.ndim >= 1, TAIL, "cos", "has no dimensions; expected [..., R/2]")
     pairs = cos.shape[-1]
-    require(
-        2 * pairs <= x.shape[-1],
-        TAIL,
-        "cos",
-        f"has {pairs} angles, which turn {2 * pairs} values, and x has {x.shape[-1]}; expected at most half as many",
-    )
+    if 2 * pairs > x.shape[-1]:
+        problem = f"has {pairs} angles, which turn {2 * pairs} values, and x has {x.shape[-1]}; expected at most half"
+        require(False, TAIL, "cos", problem)
     _check_angles(TAIL, x, cos, sin, pairs)
     y: Tensor = dispatch.run(TAIL, x, cos, sin)
     return y
