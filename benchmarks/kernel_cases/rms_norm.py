@@ -39,7 +39,7 @@ def _liger(settings: Settings) -> tuple[dict[str, Callable[..., Any]], dict[str,
     def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
         return liger.liger_fused_add_rms_norm(x, residual, weight, eps, 0.0, "llama", False)
 
-    return {"liger": norm}, {"liger": add_norm}
+    return {"liger": norm}, {"liger": add_norm} if hasattr(liger, "liger_fused_add_rms_norm") else {}
 
 
 def cases(settings: Settings) -> Iterator[Case]:
