@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..direct import direct
+from ..operation import Operation
 
 BAND = 8
 PROGRAMS_ON_CPU = 3  # the interpreter runs them one after another
@@ -151,20 +151,22 @@ def _launch(x_TK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
     return multiply_rows(x_TK, weight_ENK, ends_E, transposed=False)
 
 
-_grouped_linear = torch.library.custom_op("deepwright::grouped_linear", _launch, mutates_args=())
+_grouped_linear = Operation("grouped_linear", _launch)
 
 
-@_grouped_linear.register_fake
+@_grouped_linear.shapes
 def _(x_TK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
     return x_TK.new_empty(x_TK.shape[0], weight_ENK.shape[1])
 
 
-@torch.library.custom_op("deepwright::grouped_linear_rows_backward", mutates_args=())
-def rows_backward(grad_TN: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
+def _launch_backward(grad_TN: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
     return multiply_rows(grad_TN, weight_ENK, ends_E, transposed=True)
 
 
-@rows_backward.register_fake
+rows_backward = Operation("grouped_linear_backward", _launch_backward)
+
+
+@rows_backward.shapes
 def _(grad_TN: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
     return grad_TN.new_empty(grad_TN.shape[0], weight_ENK.shape[2])
 
@@ -187,9 +189,9 @@ def _gradients(ctx, grad_TN):
     return grad_x_TK, grad_weight_ENK, None
 
 
-_grouped_linear.register_autograd(_gradients, setup_context=_keep)
+_grouped_linear.gradients(_gradients, _keep)
 
 
 def grouped_linear(x_TK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
     """Row t of group e becomes x_t · weight_eᵀ."""
-    return (_launch if direct(x_TK, weight_ENK) else _grouped_linear)(x_TK, weight_ENK, offsets_E)
+    return _grouped_linear(x_TK, weight_ENK, offsets_E)

@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..direct import direct
 from ..grouped_linear.triton import (
     BAND,
     FEW_ROWS,
@@ -31,6 +30,7 @@ from ..grouped_linear.triton import (
     rows_backward,
     weights_backward,
 )
+from ..operation import Operation
 from ..token_permutation.moving import permute, sum_copies
 
 TILE = {"BLOCK_M": 128, "BLOCK_J": 128, "BLOCK_S": 64, "num_warps": 8, "num_stages": 3, "FLATTEN": True}
@@ -151,10 +151,10 @@ def _launch(
     return h_RI, kept_RI
 
 
-_swiglu = torch.library.custom_op("deepwright::grouped_swiglu", _launch, mutates_args=())
+_swiglu = Operation("grouped_swiglu", _launch)
 
 
-@_swiglu.register_fake
+@_swiglu.shapes
 def _(
     x_TD: Tensor, gate_up_EID: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -162,8 +162,7 @@ def _(
     return x_TD.new_empty(rows, outputs // 2), x_TD.new_empty(rows if keep else 0, outputs)
 
 
-@torch.library.custom_op("deepwright::swiglu_backward", mutates_args=())
-def _activation_backward(grad_RI: Tensor, gate_up_RI: Tensor) -> Tensor:
+def _launch_backward(grad_RI: Tensor, gate_up_RI: Tensor) -> Tensor:
     grad_gate_up_RI = torch.empty_like(gate_up_RI)
     rows, width = grad_RI.shape
     if grad_RI.numel():
@@ -179,7 +178,10 @@ def _activation_backward(grad_RI: Tensor, gate_up_RI: Tensor) -> Tensor:
     return grad_gate_up_RI
 
 
-@_activation_backward.register_fake
+_activation_backward = Operation("swiglu_backward", _launch_backward)
+
+
+@_activation_backward.shapes
 def _(grad_RI: Tensor, gate_up_RI: Tensor) -> Tensor:
     return torch.empty_like(gate_up_RI)
 
@@ -203,12 +205,10 @@ def _gradients(ctx, grad_RI, _grad_kept):
     return grad_x_TD, grad_weight_EID, None, None, None, None
 
 
-_swiglu.register_autograd(_gradients, setup_context=_keep)
+_swiglu.gradients(_gradients, _keep)
 
 
 def grouped_swiglu(x_TD: Tensor, gate_up_EID: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor) -> Tensor:
     """silu(x · gateᵀ) · (x · upᵀ) of each row's own expert."""
-    if direct(x_TD, gate_up_EID):
-        return _launch(x_TD, gate_up_EID, order_R, place_TK, ends_E, False)[0]
     keep = torch.is_grad_enabled() and (x_TD.requires_grad or gate_up_EID.requires_grad)
     return _swiglu(x_TD, gate_up_EID, order_R, place_TK, ends_E, keep)[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cuda_source import Kernel, kernel
-from ..direct import direct
+from ..operation import Operation
 from . import triton as portable
 
 SOURCE = Path(__file__).with_name("hopper.cu")
@@ -100,9 +100,9 @@ def _launch(
     return experts_TK, weights_TK, scores_TE, counts_E
 
 
-_route = torch.library.custom_op("deepwright::route_hopper", _launch, mutates_args=())
-_route.register_fake(portable.shapes)
-_route.register_autograd(portable.gradients, setup_context=portable.keep)
+_route = Operation("route_hopper", _launch)
+_route.shapes(portable.shapes)
+_route.gradients(portable.gradients, portable.keep)
 
 
 def route(
@@ -117,5 +117,4 @@ def route(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the operator's docstring."""
-    call = _launch if direct(logits_TE, bias_E) else _route
-    return call(logits_TE, bias_E, top_k, scoring == "sigmoid", groups, top_groups, group_best, normalise, scaling)
+    return _route(logits_TE, bias_E, top_k, scoring == "sigmoid", groups, top_groups, group_best, normalise, scaling)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..direct import direct
+from ..operation import Operation
 
 ROWS = 16
 PROGRAMS_PER_PROCESSOR = 2
@@ -240,10 +240,10 @@ def _launch(
     return experts_TK, weights_TK, scores_TE, counts_E
 
 
-_route = torch.library.custom_op("deepwright::route", _launch, mutates_args=())
+_route = Operation("route", _launch)
 
 
-@_route.register_fake
+@_route.shapes
 def shapes(
     logits_TE: Tensor,
     bias_E: Tensor | None,
@@ -265,8 +265,7 @@ def shapes(
     )
 
 
-@torch.library.custom_op("deepwright::route_backward", mutates_args=())
-def _route_backward(
+def _launch_backward(
     grad_weights_TK: Tensor | None,
     grad_scores_TE: Tensor | None,
     experts_TK: Tensor,
@@ -304,7 +303,10 @@ def _route_backward(
     return grad_logits_TE
 
 
-@_route_backward.register_fake
+_route_backward = Operation("route_backward", _launch_backward)
+
+
+@_route_backward.shapes
 def _(
     grad_weights_TK: Tensor | None,
     grad_scores_TE: Tensor | None,
@@ -333,7 +335,7 @@ def gradients(ctx, _grad_experts, grad_weights_TK, grad_scores_TE, _grad_counts)
     return (grad_logits_TE, *(None,) * 8)
 
 
-_route.register_autograd(gradients, setup_context=keep)
+_route.gradients(gradients, keep)
 
 
 def route(
@@ -348,5 +350,4 @@ def route(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the operator's docstring."""
-    call = _launch if direct(logits_TE, bias_E) else _route
-    return call(logits_TE, bias_E, top_k, scoring == "sigmoid", groups, top_groups, group_best, normalise, scaling)
+    return _route(logits_TE, bias_E, top_k, scoring == "sigmoid", groups, top_groups, group_best, normalise, scaling)

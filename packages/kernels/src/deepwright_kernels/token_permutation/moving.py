@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..direct import direct
+from ..operation import Operation
 
 # A row, or a piece of it: 16 bytes a thread four times over, for four warps.
 LARGEST_BLOCK = 2048
@@ -164,10 +164,10 @@ def _spread(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
     return out_RD
 
 
-_permute = torch.library.custom_op("deepwright::permute", _spread, mutates_args=())
+_permute = Operation("permute", _spread)
 
 
-@_permute.register_fake
+@_permute.shapes
 def _(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
     return x_TD.new_empty(order_R.shape[0], x_TD.shape[1])
 
@@ -191,16 +191,15 @@ def _gather(y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tensor 
     return out_TD
 
 
-_unpermute = torch.library.custom_op("deepwright::unpermute", _gather, mutates_args=())
+_unpermute = Operation("unpermute", _gather)
 
 
-@_unpermute.register_fake
+@_unpermute.shapes
 def _(y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     return y_RD.new_empty(place_TK.shape[0], y_RD.shape[1])
 
 
-@torch.library.custom_op("deepwright::unpermute_backward", mutates_args=())
-def _unpermute_backward(
+def _gather_backward(
     grad_TD: Tensor, y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
     (tokens, copies), (rows, width) = place_TK.shape, y_RD.shape
@@ -229,7 +228,10 @@ def _unpermute_backward(
     return grad_RD, grad_weights_TK
 
 
-@_unpermute_backward.register_fake
+_unpermute_backward = Operation("unpermute_backward", _gather_backward)
+
+
+@_unpermute_backward.shapes
 def _(grad_TD: Tensor, y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y_RD, memory_format=torch.contiguous_format), torch.empty_like(
         weights_TK, memory_format=torch.contiguous_format
@@ -254,20 +256,20 @@ def _weighted_gradients(ctx, grad_TD):
     return grad_RD, None, None, grad_weights_TK
 
 
-_permute.register_autograd(_sum_of_copies, setup_context=_keep_order)
-_unpermute.register_autograd(_weighted_gradients, setup_context=_keep_all)
+_permute.gradients(_sum_of_copies, _keep_order)
+_unpermute.gradients(_weighted_gradients, _keep_all)
 
 
 def permute(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
     """Each token's row at the places of its copies, zeros in the gaps."""
-    return (_spread if direct(x_TD) else _permute)(x_TD, order_R, place_TK)
+    return _permute(x_TD, order_R, place_TK)
 
 
 def unpermute(y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Σ_k weights[t, k] · y[place[t, k]], in float32."""
-    return (_gather if direct(y_RD, weights_TK) else _unpermute)(y_RD, order_R, place_TK, weights_TK)
+    return _unpermute(y_RD, order_R, place_TK, weights_TK)
 
 
 def sum_copies(y_RD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
     """Σ_k y[place[t, k]], in float32: the gradient of `permute`."""
-    return (_gather if direct(y_RD) else _unpermute)(y_RD, order_R, place_TK, None)
+    return _unpermute(y_RD, order_R, place_TK, None)

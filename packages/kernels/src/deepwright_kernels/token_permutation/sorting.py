@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..direct import direct
+from ..operation import Operation
 
 FEW_COPIES = 8192
 BLOCK_COPIES = 128
@@ -208,10 +208,10 @@ def _launch(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, T
     return order_R, place_TK, counts_E, ends_E
 
 
-_order = torch.library.custom_op("deepwright::expert_order", _launch, mutates_args=())
+_order = Operation("expert_order", _launch)
 
 
-@_order.register_fake
+@_order.shapes
 def _(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (experts_TK.numel() + experts * (alignment - 1)) // alignment * alignment
     return (
@@ -224,4 +224,4 @@ def _(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, Tensor,
 
 def expert_order(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(order_R, place_TK, counts_E, ends_E)."""
-    return (_launch if direct(experts_TK) else _order)(experts_TK, experts, alignment)
+    return _order(experts_TK, experts, alignment)
