@@ -48,6 +48,11 @@ def empty_values(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.empty(rows, length, dtype=torch.float8_e4m3fn, device=device)[:, :columns]
 
 
+def empty_rows(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for values and row scales of a matrix [rows, columns]."""
+    return empty_values(rows, columns, device), empty_row_scales(rows, columns, device)
+
+
 def require_values(operator: str, argument: str, values: Tensor, expected: tuple[int | None, ...], names: str) -> None:
     """Refuse what is not e4m3 in rows that begin at multiples of 16 bytes."""
     require_shape(operator, argument, values, expected, names)

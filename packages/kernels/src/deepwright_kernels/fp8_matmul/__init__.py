@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..arguments import require_device, shape_of
-from ..fp8_layout import PRODUCTS, blocks, ragged_output, require_block_scales, require_row_scales, require_values
+from ..fp8_layout import (
+    PRODUCTS,
+    ROW_BYTES,
+    SCALES_MULTIPLE,
+    blocks,
+    ragged_output,
+    require_block_scales,
+    require_row_scales,
+    require_values,
+)
 
 NAME = "fp8_matmul"
 
@@ -16,15 +27,43 @@ def _why_not_hopper(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Ten
     return ragged_output(b_NK.shape[0], dtype)
 
 
+@torch.compiler.assume_constant_result
+def _has_scaled_mm(index: int) -> bool:
+    cuda = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return torch.version.hip is None and cuda >= (12, 9) and dispatch.capability(index) == (9, 0)
+
+
+def _why_not_torch(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype) -> str | None:
+    if a_MK.device.type != "cuda" or not _has_scaled_mm(a_MK.device.index or 0):
+        return "torch has products with scales for blocks on Hopper GPUs only, with CUDA 12.9"
+    if not (a_MK.numel() and b_NK.numel()):
+        return "there is nothing to multiply"
+    (rows, inner), outputs = a_MK.shape, b_NK.shape[0]
+    if not (a_MK.is_contiguous() and b_NK.is_contiguous()) or inner % ROW_BYTES or outputs % ROW_BYTES:
+        return f"torch's scaled_mm wants contiguous operands whose sizes are multiples of {ROW_BYTES}"
+    row_scales = [(a_scale_MV, rows), (b_scale, outputs)][: 1 + (b_scale.shape[0] == outputs)]
+    if any(count % SCALES_MULTIPLE or scale.stride(1) != count for scale, count in row_scales):
+        return f"torch's scaled_mm wants row scales without gaps, of rows that are a multiple of {SCALES_MULTIPLE}"
+    return None
+
+
+def _fastest_on_cuda(a_MK: Tensor, *others: Any) -> tuple[str, ...]:
+    # cuBLASLt is ahead for weights, our own kernel for gradients of weights, and it takes any size.
+    weight = others and others[2].shape[0] != others[1].shape[0] and others[3] == torch.bfloat16
+    ours = ("cuda", "triton", "reference")
+    return ("torch", *ours) if weight and _why_not_torch(a_MK, *others) is None else ours
+
+
 dispatch.operator(
     NAME,
     {
         "reference": f"{__name__}.reference:{NAME}",
         "triton": f"{__name__}.triton:{NAME}",
         "cuda": f"{__name__}.hopper:{NAME}",
+        "torch": f"{__name__}.scaled_mm:{NAME}",
     },
-    cuda=("cuda", "triton", "reference"),
-    needs={"cuda": _why_not_hopper},
+    cuda=_fastest_on_cuda,
+    needs={"cuda": _why_not_hopper, "torch": _why_not_torch},
 )
 
 

@@ -6,14 +6,33 @@ quantised along its rows and, transposed, along its columns. Both at once read i
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..arguments import FLOATS, require_dtype, require_shape
 
 ROWS, COLUMNS, BOTH = "quantise_fp8_rows", "quantise_fp8_columns", "quantise_fp8_rows_and_columns"
-for name in (ROWS, COLUMNS, BOTH):
-    dispatch.operator(name, {"reference": f"{__name__}.reference:{name}", "triton": f"{__name__}.triton:{name}"})
+
+
+def _why_not_hopper(x_TK: Tensor, *_: bool) -> str | None:
+    if x_TK.dtype != torch.bfloat16:
+        return "its kernel is for bfloat16"
+    return "its kernel is for numbers of columns that are multiples of 8" if x_TK.shape[-1] % 8 else None
+
+
+dispatch.operator(ROWS, {"reference": f"{__name__}.reference:{ROWS}", "triton": f"{__name__}.triton:{ROWS}"})
+for name in (COLUMNS, BOTH):
+    dispatch.operator(
+        name,
+        {
+            "reference": f"{__name__}.reference:{name}",
+            "triton": f"{__name__}.triton:{name}",
+            "cuda": f"{__name__}.hopper:{name}",
+        },
+        cuda=("triton", "reference"),
+        needs={"cuda": _why_not_hopper},
+    )
 
 
 def _require(operator: str, x_TK: Tensor) -> None:

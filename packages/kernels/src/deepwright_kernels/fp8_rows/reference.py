@@ -13,17 +13,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..fp8_blocks.reference import quantise_fp8_blocks
-from ..fp8_layout import BLOCK, empty_row_scales, empty_values
+from ..fp8_layout import BLOCK, empty_rows
 
 
 def quantise_fp8_rows(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
     """Values [T, K] and scales [T, V]."""
     values_TK, scale_TV = quantise_fp8_blocks(x_TK, (1, BLOCK), power_of_two_scales)
-    tokens, columns = x_TK.shape
-    return (
-        empty_values(tokens, columns, x_TK.device).copy_(values_TK),
-        empty_row_scales(tokens, columns, x_TK.device).copy_(scale_TV),
-    )
+    room_TK, scale_room_TV = empty_rows(x_TK.shape[0], x_TK.shape[1], x_TK.device)
+    return room_TK.copy_(values_TK), scale_room_TV.copy_(scale_TV)
 
 
 def quantise_fp8_columns(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import interpreted
-from ..fp8_layout import BLOCK, blocks, empty_row_scales, empty_values
+from ..fp8_layout import BLOCK, blocks, empty_rows
 
 ROWS_TOKENS = 8
 ROWS_BLOCKS = 4
@@ -249,11 +249,6 @@ def side_by_side(x_TK: Tensor) -> Tensor:
 def rows_at_once(x_TK: Tensor, width: int, warps: int) -> int:
     """How many rows of a tile so many warps load at once, with 16 bytes for each thread."""
     return max(1, warps * 32 * 16 // (width * x_TK.element_size()))
-
-
-def empty_rows(tokens: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for the values and the scales of a matrix that is quantised along its rows."""
-    return empty_values(tokens, columns, device), empty_row_scales(tokens, columns, device)
 
 
 def _launch_rows(x_TK: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,33 @@ the layers of fp8_linear call both.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..arguments import FLOATS, require, require_device, require_dtype, require_shape, shape_of
+from ..fp8_layout import BLOCK
 
 FORWARD, BACKWARD = "swiglu_quantise_fp8", "swiglu_backward_quantise_fp8"
-for name in (FORWARD, BACKWARD):
-    dispatch.operator(name, {"reference": f"{__name__}.reference:{name}", "triton": f"{__name__}.triton:{name}"})
+
+
+def _why_not_hopper(grad_TI: Tensor, gate_up_TJ: Tensor, *_: bool) -> str | None:
+    if gate_up_TJ.dtype != torch.bfloat16:
+        return "its kernel is for bfloat16"
+    return "its kernel is for hidden sizes that are multiples of 128" if gate_up_TJ.shape[-1] % (2 * BLOCK) else None
+
+
+dispatch.operator(FORWARD, {"reference": f"{__name__}.reference:{FORWARD}", "triton": f"{__name__}.triton:{FORWARD}"})
+dispatch.operator(
+    BACKWARD,
+    {
+        "reference": f"{__name__}.reference:{BACKWARD}",
+        "triton": f"{__name__}.triton:{BACKWARD}",
+        "cuda": f"{__name__}.hopper:{BACKWARD}",
+    },
+    cuda=("triton", "reference"),
+    needs={"cuda": _why_not_hopper},
+)
 
 
 def _require(operator: str, gate_up_TJ: Tensor) -> None:
@@ -31,7 +50,8 @@ def _require(operator: str, gate_up_TJ: Tensor) -> None:
 def swiglu_quantise_fp8(gate_up_TJ: Tensor, power_of_two_scales: bool = False) -> tuple[Tensor, Tensor]:
     """gate_up_TJ [T, 2 I], gates first -> silu(gate) · up as e4m3 values [T, I] and row scales [T, ⌈I/128⌉].
 
-    Computed in float32 and rounded once, to e4m3. Values and scales as `quantise_fp8_rows` gives them.
+    Computed in float32 and rounded to the input's dtype, as separate operators would do, and then to e4m3. Values and
+    scales as `quantise_fp8_rows` gives them.
     """
     _require(FORWARD, gate_up_TJ)
     values_TI, scale_TV = dispatch.run(FORWARD, gate_up_TJ, power_of_two_scales)

@@ -1,4 +1,6 @@
-"""SwiGLU (Shazeer 2020) and its gradient in float32, then quantised, in plain torch. The specification.
+"""SwiGLU (Shazeer 2020) and its gradient, then quantised, in plain torch. The specification.
+
+Computed in float32 and rounded to the input's dtype before it is quantised, as separate operators would do.
 
 h = silu(g) · u with silu(g) = g · σ(g). Given dh: du = dh · silu(g) and dg = dh · u · σ(g) · (1 + g · (1 − σ(g))).
 
@@ -16,17 +18,19 @@ from ..fp8_rows.reference import quantise_fp8_columns, quantise_fp8_rows, quanti
 def swiglu_quantise_fp8(gate_up_TJ: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor]:
     """Values [T, I] and scales [T, V] of silu(gate) · up."""
     gate_TI, up_TI = gate_up_TJ.float().chunk(2, -1)
-    return quantise_fp8_rows(gate_TI * gate_TI.sigmoid() * up_TI, power_of_two_scales)
+    hidden_TI = gate_TI * gate_TI.sigmoid() * up_TI
+    return quantise_fp8_rows(hidden_TI.to(gate_up_TJ.dtype), power_of_two_scales)
 
 
 def swiglu_gradients(grad_TI: Tensor, gate_up_TJ: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient [T, J] of gates and ups, and the hidden values [T, I], in float32."""
+    """The gradient [T, J] of gates and ups, and the hidden values [T, I], in their dtype."""
     grad_TI = grad_TI.float()
     gate_TI, up_TI = gate_up_TJ.float().chunk(2, -1)
     sigmoid_TI = gate_TI.sigmoid()
     silu_TI = gate_TI * sigmoid_TI
     grad_gate_TI = grad_TI * up_TI * sigmoid_TI * (1 + gate_TI * (1 - sigmoid_TI))
-    return torch.cat([grad_gate_TI, grad_TI * silu_TI], -1), silu_TI * up_TI
+    grad_TJ = torch.cat([grad_gate_TI, grad_TI * silu_TI], -1)
+    return grad_TJ.to(gate_up_TJ.dtype), (silu_TI * up_TI).to(gate_up_TJ.dtype)
 
 
 def swiglu_backward_quantise_fp8(

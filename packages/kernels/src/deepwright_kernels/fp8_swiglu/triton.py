@@ -2,8 +2,8 @@
 
 The backward kernel reads a tile of gates, ups and hidden gradients once and writes five tiles of FP8: the gradients of
 gate and up along rows and along columns, and the hidden values along columns. It asks for a hidden size that is a
-multiple of 128, so that no block of 128 columns holds gates and ups; with others the gradients are written in float32
-by torch's operations and quantised from there.
+multiple of 128, so that no block of 128 columns holds gates and ups; with others the gradients are computed by torch's
+operations and quantised from there.
 
 Shapes: T tokens, I hidden size, J = 2 I gates and ups, V and U = ⌈T/128⌉ blocks.
 """
@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fp8_layout import BLOCK, blocks
+from ..fp8_layout import BLOCK, blocks, empty_rows
 from ..fp8_rows.triton import (
-    empty_rows,
     load_tile,
     quantise_fp8_columns,
     quantise_fp8_rows_and_columns,
@@ -29,8 +28,14 @@ from .reference import swiglu_gradients
 
 FORWARD_TOKENS = 16
 BACKWARD_TOKENS = 16
-BACKWARD_WIDTH = 64
+BACKWARD_WIDTH = 32
 BACKWARD_WARPS = 4
+
+
+@triton.jit
+def rounded(x_TI, ptr):
+    """To the dtype that `ptr` points at, as separate operators would do, and back to float32."""
+    return x_TI.to(ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -53,7 +58,7 @@ def _forward_kernel(
     up_TI = load_tile(gate_up_ptr + hidden, token_T, column_I, tokens, hidden, gate_up_stride)
     hidden_TI = gate_TI * tl.sigmoid(gate_TI) * up_TI
     store_rows(
-        hidden_TI,
+        rounded(hidden_TI, gate_up_ptr),
         token_T,
         column_I,
         values_ptr,
@@ -67,10 +72,12 @@ def _forward_kernel(
 
 
 @triton.jit
-def gradient_of_gate(grad_TI, gate_TI, up_TI):
-    """dh · u · σ(g) · (1 + g · (1 − σ(g)))."""
+def differentiate(grad_TI, gate_TI, up_TI):
+    """h = silu(g) · u; given dh: dg = dh · u · σ(g) · (1 + g · (1 − σ(g))) and du = dh · silu(g). dg, du and h."""
     sigmoid_TI = tl.sigmoid(gate_TI)
-    return grad_TI * up_TI * sigmoid_TI * (1.0 + gate_TI * (1.0 - sigmoid_TI))
+    silu_TI = gate_TI * sigmoid_TI
+    grad_gate_TI = grad_TI * up_TI * sigmoid_TI * (1.0 + gate_TI * (1.0 - sigmoid_TI))
+    return grad_gate_TI, grad_TI * silu_TI, silu_TI * up_TI
 
 
 @triton.jit
@@ -97,7 +104,6 @@ def _backward_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    # h = silu(g) · u; given dh: du = dh · silu(g) and dg = dh · u · σ(g) · (1 + g · (1 − σ(g))).
     # A tile of 128 x 128 in pieces; what the rows have brought is then found in the first-level cache.
     across = hidden // 128
     block = tl.program_id(0) // across
@@ -107,11 +113,12 @@ def _backward_kernel(
     for start in tl.static_range(0, 128, TOKENS):
         token_T = block * 128 + start + tl.arange(0, TOKENS)
         gate_I = first_I + tl.arange(0, 128)
-        grad_TI = load_tile(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
         gate_TI = load_tile(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
         up_TI = load_tile(up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+        grad_TI = load_tile(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
+        grad_gate_TI, grad_up_TI, _ = differentiate(grad_TI, gate_TI, up_TI)
         store_rows(
-            gradient_of_gate(grad_TI, gate_TI, up_TI),
+            rounded(grad_gate_TI, gate_up_ptr),
             token_T,
             gate_I,
             rows_ptr,
@@ -123,7 +130,7 @@ def _backward_kernel(
             POWER_OF_TWO,
         )
         store_rows(
-            grad_TI * gate_TI * tl.sigmoid(gate_TI),
+            rounded(grad_up_TI, gate_up_ptr),
             token_T,
             gate_I + hidden,
             rows_ptr,
@@ -139,8 +146,10 @@ def _backward_kernel(
         gate_I = first_I + start + tl.arange(0, WIDTH)
         gate_TI = load_tile(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
         up_TI = load_tile(up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
+        grad_TI = load_tile(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
+        grad_gate_TI, grad_up_TI, hidden_TI = differentiate(grad_TI, gate_TI, up_TI)
         store_columns(
-            gate_TI * tl.sigmoid(gate_TI) * up_TI,
+            rounded(hidden_TI, gate_up_ptr),
             block,
             gate_I,
             hidden_ptr,
@@ -151,10 +160,8 @@ def _backward_kernel(
             ROWS,
             POWER_OF_TWO,
         )
-        grad_TI = load_tile(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
-        gate_TI = load_tile(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
         store_columns(
-            grad_TI * gate_TI * tl.sigmoid(gate_TI),
+            rounded(grad_up_TI, gate_up_ptr),
             block,
             gate_I + hidden,
             columns_ptr,
@@ -165,11 +172,8 @@ def _backward_kernel(
             ROWS,
             POWER_OF_TWO,
         )
-        grad_TI = load_tile(grad_ptr, token_T, gate_I, tokens, hidden, grad_stride)
-        gate_TI = load_tile(gate_up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
-        up_TI = load_tile(up_ptr, token_T, gate_I, tokens, hidden, gate_up_stride)
         store_columns(
-            gradient_of_gate(grad_TI, gate_TI, up_TI),
+            rounded(grad_gate_TI, gate_up_ptr),
             block,
             gate_I,
             columns_ptr,
