@@ -78,7 +78,7 @@ def test_quantising_gives_the_references_bits(shape: tuple[int, int], power_of_t
 
 @pytest.mark.parametrize(("tokens", "hidden"), [(4096, 2048), (4095, 1408), (5, 128)])
 def test_the_backward_pass_of_swiglu(tokens: int, hidden: int) -> None:
-    """Exponentials differ in their last bits from backend to backend: a value may fall to the other side of a rounding."""
+    """Exponentials differ in their last bits, so a value may fall to the other side of a rounding."""
     torch.manual_seed(0)
     gate_up, grad = 3 * draw(tokens, 2 * hidden), draw(tokens, hidden)
     for power_of_two in (False, True):
