@@ -154,12 +154,12 @@ __device__ void load(u32 (&x)[8][4], const u16 *from, int stride, int first_toke
 #pragma unroll
     for (int p = 0; p < 8; ++p) {
         uint4 words = make_uint4(0, 0, 0, 0);
-        if (token + p < tokens && column < columns) {
-            const u16 *at = from + (i64)(token + p) * stride + column;
-            asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                         : "l"(at));
-        }
+        asm volatile(
+            "{.reg .pred inside;\n"
+            "setp.ne.u32 inside, %5, 0;\n"
+            "@inside ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}\n"
+            : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+            : "l"(from + (i64)(token + p) * stride + column), "r"((u32)(token + p < tokens && column < columns)));
         x[p][0] = words.x, x[p][1] = words.y, x[p][2] = words.z, x[p][3] = words.w;
     }
 }
