@@ -103,11 +103,11 @@ def _part_kernel(
     # Equal shares save less than cutting costs where whole sequences, so many for each group, are nearly as even.
     each = tl.cdiv(batch, groups)
     whole = each * tl.max(cost_B, axis=0) * 16 <= share * 17
-    place = group * share
-    stop = tl.minimum(place + share, total)
-    if whole:
-        place = tl.sum(tl.where(index_B < group * each, cost_B, 0), axis=0)
-        stop = tl.sum(tl.where(index_B < (group + 1) * each, cost_B, 0), axis=0)
+    # (A choice by `where`: after an `if` of scalars Triton 3.9 forgets how the cache is aligned.)
+    before = tl.sum(tl.where(index_B < group * each, cost_B, 0), axis=0)
+    after = tl.sum(tl.where(index_B < (group + 1) * each, cost_B, 0), axis=0)
+    place = tl.where(whole, before, group * share)
+    stop = tl.where(whole, after, tl.minimum(group * share + share, total))
     start = place
     if tl.program_id(0) == 0:
         tl.store(plan_ptr + index_B, end_B - cost_B, mask=index_B < batch)
