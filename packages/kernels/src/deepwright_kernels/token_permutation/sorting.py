@@ -7,7 +7,7 @@ Many copies: blocks of copies are counted, a column scan turns the counts into w
 copy's place is start of its expert + copies before its block + equal ones before it in its block. The last number comes
 from comparing all pairs of a block, a thread for each copy: no atomic addition whose order could vary.
 
-Shapes: N copies of a block, E experts, B blocks, R rows in expert order.
+Shapes: N (or P) copies of a block, E experts, B blocks, R rows in expert order.
 """
 
 import torch
@@ -19,8 +19,7 @@ from ..operation import Operation
 
 FEW_COPIES = 8192
 BLOCK_COPIES = 128
-SCAN_ROWS = 256
-SCAN_COLUMNS = 8
+SCAN_ROWS, SCAN_COLUMNS, SCAN_WARPS = 1024, 8, 16
 
 
 @triton.jit
@@ -121,7 +120,6 @@ def _place_kernel(
     ALIGNMENT: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PAIRS: tl.constexpr,
 ):
     program = tl.program_id(0)
     expert_E = tl.arange(0, BLOCK_E)
@@ -132,13 +130,8 @@ def _place_kernel(
         copy_N = program * BLOCK_N + offset_N
         inside_N = copy_N < copies
         expert_N = tl.load(experts_ptr + copy_N, mask=inside_N, other=0).to(tl.int32)
-        rank_N = tl.zeros((BLOCK_N,), dtype=tl.int32)
-        for first in tl.static_range(0, BLOCK_N, PAIRS):
-            offset_P = first + tl.arange(0, PAIRS)
-            copy_P = program * BLOCK_N + offset_P
-            expert_P = tl.load(experts_ptr + copy_P, mask=copy_P < copies, other=-1).to(tl.int32)
-            earlier_PN = (expert_P[:, None] == expert_N[None, :]) & (offset_P[:, None] < offset_N[None, :])
-            rank_N += tl.sum(earlier_PN.to(tl.int32), axis=0)
+        earlier_PN = (expert_N[:, None] == expert_N[None, :]) & (offset_N[:, None] < offset_N[None, :])
+        rank_N = tl.sum(earlier_PN.to(tl.int32), axis=0)
         start_N = tl.gather(ends_E - aligned_E, expert_N, axis=0)
         before_N = tl.load(before_ptr + program.to(tl.int64) * EXPERTS + expert_N, mask=inside_N, other=0)
         place_N = start_N + before_N + rank_N
@@ -186,7 +179,7 @@ def _launch(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, T
         experts_TK, before_BE, copies, EXPERTS=experts, BLOCK_E=block_experts, BLOCK_N=BLOCK_COPIES, num_warps=4
     )
     _scan_kernel[(triton.cdiv(experts, SCAN_COLUMNS),)](
-        before_BE, counts_E, blocks, EXPERTS=experts, BLOCK_B=SCAN_ROWS, BLOCK_E=SCAN_COLUMNS, num_warps=8
+        before_BE, counts_E, blocks, EXPERTS=experts, BLOCK_B=SCAN_ROWS, BLOCK_E=SCAN_COLUMNS, num_warps=SCAN_WARPS
     )
     _place_kernel[(blocks + (experts if alignment > 1 else 0),)](
         experts_TK,
@@ -202,7 +195,6 @@ def _launch(experts_TK: Tensor, experts: int, alignment: int) -> tuple[Tensor, T
         ALIGNMENT=alignment,
         BLOCK_E=block_experts,
         BLOCK_N=BLOCK_COPIES,
-        PAIRS=32,
         num_warps=4,
     )
     return order_R, place_TK, counts_E, ends_E
