@@ -35,6 +35,12 @@ def _check(operator: str, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tenso
     require(temperature > 0, operator, "temperature", f"is {temperature}; expected a positive number")
 
 
+def _without_autocast(tensor: Tensor) -> torch.autocast:
+    """Autocast has been followed in what the hidden states are; the sums behind the products have to stay float32, and
+    the backward pass, which it does not reach, has to repeat the same products."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def linear_cross_entropy(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -53,7 +59,8 @@ def linear_cross_entropy(
     (hidden_TD,) = in_autocast_dtype(hidden_TD)
     _check(NAME, hidden_TD, weight_VD, targets_T, temperature)
     require(chunk is None or chunk > 0, NAME, "chunk", f"is {chunk}; expected a positive number of tokens or None")
-    loss_T, entropy_T = dispatch.run(NAME, hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
+    with _without_autocast(hidden_TD):
+        loss_T, entropy_T = dispatch.run(NAME, hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
     return loss_T, entropy_T
 
 
@@ -77,7 +84,8 @@ def weighted_linear_cross_entropy(
     require_shape(WEIGHTED, "token_weights_T", token_weights_T, (hidden_TD.shape[0],), "[T]")
     require_dtype(WEIGHTED, "token_weights_T", token_weights_T, FLOATS)
     require_device(WEIGHTED, "token_weights_T", token_weights_T, hidden_TD.device)
-    loss: Tensor = dispatch.run(
-        WEIGHTED, hidden_TD, weight_VD, targets_T, token_weights_T.detach(), ignore_index, temperature
-    )
+    with _without_autocast(hidden_TD):
+        loss: Tensor = dispatch.run(
+            WEIGHTED, hidden_TD, weight_VD, targets_T, token_weights_T.detach(), ignore_index, temperature
+        )
     return loss

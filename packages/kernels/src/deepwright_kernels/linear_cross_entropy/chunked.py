@@ -158,14 +158,6 @@ def _logits(hidden_KD: Tensor, weight_VD: Tensor, temperature: float, wide: torc
     return logits_KV if temperature == 1.0 else logits_KV.div_(temperature)
 
 
-def _apply(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int, chunk: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    # Autocast would change the forward products but not those of the backward pass, which must repeat them exactly.
-    with torch.autocast(hidden_TD.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
-
-
 def linear_cross_entropy(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -178,12 +170,14 @@ def linear_cross_entropy(
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     chunk = chunk or chunk_tokens(vocabulary, hidden_TD.device)
     if hidden_TD.device.type != "cpu":
-        return _apply(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
+        return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
     # On the CPU, where nobody waits for a device, ignored tokens (prompts, padding) are left out of the products.
     kept_K = (targets_T != ignore_index).nonzero()[:, 0]
     if kept_K.numel() == tokens:
-        return _apply(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
-    loss_K, entropy_K = _apply(hidden_TD[kept_K], weight_VD, targets_T[kept_K], ignore_index, chunk, temperature)
+        return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, ignore_index, chunk, temperature)
+    loss_K, entropy_K = _LinearCrossEntropy.apply(
+        hidden_TD[kept_K], weight_VD, targets_T[kept_K], ignore_index, chunk, temperature
+    )
     loss_T = loss_K.new_zeros(tokens).index_copy(0, kept_K, loss_K)
     return loss_T, entropy_K.new_zeros(tokens).index_copy(0, kept_K, entropy_K)
 
@@ -202,7 +196,6 @@ def weighted_linear_cross_entropy(
         kept_K = (targets_T != ignore_index).nonzero()[:, 0]
         if kept_K.numel() < targets_T.numel():
             hidden_TD, targets_T, token_weights_T = hidden_TD[kept_K], targets_T[kept_K], token_weights_T[kept_K]
-    with torch.autocast(hidden_TD.device.type, enabled=False):
-        return _WeightedLinearCrossEntropy.apply(
-            hidden_TD, weight_VD, targets_T, token_weights_T, ignore_index, chunk, temperature
-        )
+    return _WeightedLinearCrossEntropy.apply(
+        hidden_TD, weight_VD, targets_T, token_weights_T, ignore_index, chunk, temperature
+    )

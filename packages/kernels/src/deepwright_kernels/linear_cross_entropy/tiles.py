@@ -59,7 +59,6 @@ def _product(
 def _reduce_kernel(
     hidden,
     weight,
-    logits,
     targets_ptr,
     partition_ptr,
     entropy_ptr,
@@ -69,20 +68,17 @@ def _reduce_kernel(
     first_column,
     scale_log2,
     WIDTH: tl.constexpr,
-    STORE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    # Everything is in powers of two. With STORE the logits are written, and the entropy is not asked for.
+    # Everything is in powers of two.
     tiles_down, tiles_across = tl.cdiv(rows, BLOCK_K), tl.cdiv(columns, BLOCK_C)
     for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, PROGRAMS, flatten=True):
         down, across = _place(tile, tiles_down, tiles_across, GROUP)
         narrow_KC = _product(hidden, weight, down * BLOCK_K, across * BLOCK_C, WIDTH, BLOCK_K, BLOCK_C, BLOCK_D)
-        if STORE:
-            logits.store([down * BLOCK_K, across * BLOCK_C], narrow_KC)
         row_K = down * BLOCK_K + tl.arange(0, BLOCK_K)
         column_C = across * BLOCK_C + tl.arange(0, BLOCK_C)
         real_K, real_C = row_K < rows, column_C < columns
@@ -98,9 +94,8 @@ def _reduce_kernel(
         log_total_K = tl.log2(total_K)
         place_K = across.to(tl.int64) * rows + row_K
         tl.store(partition_ptr + place_K, top_K + log_total_K, mask=real_K)
-        if not STORE:
-            weighted_K = tl.sum(exp_KC * tl.where(real_C[None, :], shifted_KC, 0.0), axis=1)
-            tl.store(entropy_ptr + place_K, log_total_K - weighted_K / total_K, mask=real_K)
+        weighted_K = tl.sum(exp_KC * tl.where(real_C[None, :], shifted_KC, 0.0), axis=1)
+        tl.store(entropy_ptr + place_K, log_total_K - weighted_K / total_K, mask=real_K)
 
 
 @triton.jit
@@ -116,7 +111,6 @@ def _combine_kernel(
     tiles,
     ignore_index,
     LN_2: tl.constexpr,
-    ENTROPY: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -139,9 +133,8 @@ def _combine_kernel(
         shifted_NK = tl.load(partitions_ptr + place_NK, mask=mask_NK, other=float("-inf")) - top_K[None, :]
         exp_NK = tl.exp2(shifted_NK)
         total_K += tl.sum(exp_NK, axis=0)
-        if ENTROPY:
-            entropy_NK = tl.load(entropies_ptr + place_NK, mask=mask_NK, other=0.0)
-            weighted_K += tl.sum(exp_NK * (entropy_NK - tl.where(mask_NK, shifted_NK, 0.0)), axis=0)
+        entropy_NK = tl.load(entropies_ptr + place_NK, mask=mask_NK, other=0.0)
+        weighted_K += tl.sum(exp_NK * (entropy_NK - tl.where(mask_NK, shifted_NK, 0.0)), axis=0)
     total_K = tl.where(real_K, total_K, 1.0)
     log_total_K = tl.log2(total_K)
     partition_K = top_K + log_total_K
@@ -149,9 +142,8 @@ def _combine_kernel(
     chosen_K = tl.load(chosen_ptr + row_K, mask=real_K, other=0.0)
     tl.store(partition_ptr + row_K, partition_K, mask=real_K)
     tl.store(loss_ptr + row_K, tl.where(ignored_K, 0.0, (partition_K - chosen_K) * LN_2), mask=real_K)
-    if ENTROPY:
-        entropy_K = (log_total_K + weighted_K / total_K) * LN_2
-        tl.store(entropy_ptr + row_K, tl.where(ignored_K, 0.0, entropy_K), mask=real_K)
+    entropy_K = (log_total_K + weighted_K / total_K) * LN_2
+    tl.store(entropy_ptr + row_K, tl.where(ignored_K, 0.0, entropy_K), mask=real_K)
 
 
 @triton.jit
@@ -218,59 +210,52 @@ def reduce(
     first_column: int,
     temperature: float,
     partitions_NK: Tensor,
-    entropies_NK: Tensor | None,
+    entropies_NK: Tensor,
     chosen_K: Tensor,
-    logits_KC: Tensor | None = None,
 ) -> None:
-    """Log-partition and entropy (in powers of two) of each tile's rows, and the targets' logits where they are here.
-
-    With `logits_KC` the logits are written there, and `entropies_NK` may be None.
-    """
+    """Log-partition and entropy (in powers of two) of each tile's rows, and the targets' logits where they are here."""
     rows, columns = len(hidden_KD), len(weight_CD)
     programs = _programs(rows, columns, hidden_KD)
     _reduce_kernel[(programs,)](
         _tiles_of(hidden_KD, BLOCK_K),
         _tiles_of(weight_CD, BLOCK_C),
-        None if logits_KC is None else TensorDescriptor.from_tensor(logits_KC, [BLOCK_K, BLOCK_C]),
         targets_K,
         partitions_NK,
-        partitions_NK if entropies_NK is None else entropies_NK,
+        entropies_NK,
         chosen_K,
         rows,
         columns,
         first_column,
         LOG2_E / temperature,
         WIDTH=hidden_KD.shape[1],
-        STORE=logits_KC is not None,
         **_configuration(programs),
     )
 
 
 def combine(
     partitions_NK: Tensor,
-    entropies_NK: Tensor | None,
+    entropies_NK: Tensor,
     chosen_K: Tensor,
     targets_K: Tensor,
     ignore_index: int,
     partition_K: Tensor,
     loss_K: Tensor,
-    entropy_K: Tensor | None,
+    entropy_K: Tensor,
 ) -> None:
-    """The log-partition (in powers of two), loss and, where asked for, entropy of each row from those of its tiles."""
+    """The log-partition (in powers of two), loss and entropy of each row from what its tiles have left."""
     tiles, rows = partitions_NK.shape
     _combine_kernel[(triton.cdiv(rows, 32),)](
         partitions_NK,
-        partitions_NK if entropies_NK is None else entropies_NK,
+        entropies_NK,
         chosen_K,
         targets_K,
         partition_K,
         loss_K,
-        loss_K if entropy_K is None else entropy_K,
+        entropy_K,
         rows,
         tiles,
         ignore_index,
         LN_2,
-        ENTROPY=entropy_K is not None,
         BLOCK_K=32,
         BLOCK_N=32,
         num_warps=4,

@@ -1,15 +1,16 @@
 """The weighted sum of a linear head's losses with its gradients made in the forward pass: three products, not four.
 
 When the weight of every token is known beforehand, nothing has to wait for the backward pass: the logits of a block of
-tokens are made over the whole vocabulary, one pass turns them in place into their gradient, and the products for the
-gradients of hidden states and weight follow at once. The backward pass multiplies by one number.
+tokens are made over the whole vocabulary, one pass takes each row's log-partition, another turns them in place into
+their gradient, and the products for the gradients of hidden states and weight follow at once. The backward pass
+multiplies by one number.
 
 The gradient of the weight is summed over blocks of tokens in the weight's own dtype (inside a block in float32): in
 bfloat16 that adds a rounding for each block. A weight in another dtype than the hidden states is cast as a whole.
 
-Leaves out: as `triton.py`, and the entropy.
+Leaves out: what `triton.py` does, and the entropy.
 
-Shapes: T tokens, D hidden size, V vocabulary, K tokens of a block, N tiles across a row.
+Shapes: T tokens, D hidden size, V vocabulary, K tokens of a block.
 """
 
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tiles
 from .triton import forward, gradient_rows, pieces, product, reduce_rows, room, view_of
 
 # The buffer that holds the logits of a block of tokens.
@@ -44,7 +44,6 @@ def _with_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     targets_T, token_weights_T = targets_T.contiguous(), token_weights_T.contiguous()
-    loss_T, partition_T, chosen_T = (hidden_TD.new_empty(tokens, dtype=torch.float32) for _ in range(3))
     grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0)
     grad_weight_VD = weight_VD.new_empty(weight_VD.shape if needs_weight else 0)
     if not tokens:
@@ -52,23 +51,13 @@ def _with_gradients(
     weight_VD = weight_VD.to(hidden_TD.dtype)
     block = _block(tokens, vocabulary, hidden_TD.itemsize)
     buffer = room(hidden_TD, block, vocabulary)
-    in_tiles = tiles.fit(hidden_TD, weight_VD)
-    scratch = hidden_TD.new_empty(tiles.across(vocabulary) if in_tiles else 1, block, dtype=torch.float32)
+    loss_T, partition_T, chosen_T, entropy_T = (hidden_TD.new_empty(tokens, dtype=torch.float32) for _ in range(4))
     for rows in pieces(tokens, block):
-        hidden_KD, targets_K, partition_K, chosen_K, loss_K = (
-            tensor[rows] for tensor in (hidden_TD, targets_T, partition_T, chosen_T, loss_T)
-        )
+        hidden_KD, targets_K, partition_K = hidden_TD[rows], targets_T[rows], partition_T[rows]
         logits_KV = view_of(buffer, len(hidden_KD), vocabulary)
-        if in_tiles:
-            partitions_NK = scratch.flatten()[: len(scratch) * len(hidden_KD)].view(len(scratch), -1)
-            tiles.reduce(
-                hidden_KD, weight_VD, targets_K, 0, temperature, partitions_NK, None, chosen_K, logits_KC=logits_KV
-            )
-            tiles.combine(partitions_NK, None, chosen_K, targets_K, ignore_index, partition_K, loss_K, None)
-        else:
-            torch.mm(hidden_KD, weight_VD.T, out=logits_KV)
-            entropy_K = scratch[0, : len(hidden_KD)]
-            reduce_rows(logits_KV, targets_K, partition_K, chosen_K, loss_K, entropy_K, 0, ignore_index, temperature)
+        torch.mm(hidden_KD, weight_VD.T, out=logits_KV)
+        known = (partition_K, chosen_T[rows], loss_T[rows], entropy_T[rows])
+        reduce_rows(logits_KV, targets_K, *known, 0, ignore_index, temperature)
         gradient_rows(logits_KV, targets_K, partition_K, token_weights_T[rows], 0, ignore_index, temperature)
         if needs_hidden:
             torch.mm(logits_KV, weight_VD, out=grad_hidden_TD[rows])
