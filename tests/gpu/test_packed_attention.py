@@ -56,7 +56,8 @@ def test_output_and_gradients(
 def test_packed_rows_take_the_kernel_and_give_the_same_bits_every_time() -> None:
     q, k, v = drawn(2, 1500, 4, 4)
     starts = packed_starts(2, 1500)
-    assert backend_for("packed_attention", q, k, v, starts, SCALE) == "triton"
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert backend_for("packed_attention", q, k, v, starts, SCALE) == ("cuda" if hopper else "triton")
     upstream = torch.randn(2, 1500, 4, 128, device="cuda").bfloat16()
     first, second = (
         torch.autograd.grad(packed_attention(q, k, v, starts, SCALE), (q, k, v), upstream) for _ in range(2)

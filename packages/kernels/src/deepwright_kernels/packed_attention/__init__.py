@@ -22,8 +22,13 @@ NAME = "packed_attention"
 
 
 def _fastest_on_cuda(q_BSHK: Tensor, *others: Any) -> tuple[str, ...]:
-    packed = len(others) > 2 and others[2] is not None
-    return ("triton", "torch", "reference") if packed else ("torch", "triton", "reference")
+    if not others:
+        return ("cuda", "triton", "torch", "reference")
+    k_BSGK, v_BSGV, starts_BS = others[:3]
+    # Plain causal attention is what torch has fused kernels for; with several documents it needs a dense mask.
+    portable = ("torch", "triton") if starts_BS is None else ("triton", "torch")
+    hopper = ("cuda",) if _cuda_needs(q_BSHK, k_BSGK, v_BSGV) is None else ()
+    return (*hopper, *portable, "reference")
 
 
 def _triton_needs(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *_: Any) -> str | None:

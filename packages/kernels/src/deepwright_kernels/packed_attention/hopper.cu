@@ -501,9 +501,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) packed_attention_forwar
     if (speaker) barrier_arrive(&shared.keys_empty[stage]);
     if (start < whole_begin || start + OWN > whole_end) mask(score, start, first, last, -INFINITE);
     soften(score, scale_log2, top, sum, shrink);
-    // ptxas moves a wait up to where nothing stops it, and the softmax would come after the products instead of beside
-    // them. A branch on what all of it went into stops it; it is never taken.
-    if (sum[0] + sum[1] < 0.f) asm volatile("nanosleep.u32 1;");
     wgmma_wait<0>();
     settle(mixed);
     if (speaker) barrier_arrive(&shared.values_empty[before]);
@@ -553,8 +550,7 @@ __device__ __forceinline__ float dot(uint4 a, uint4 b) {
          low(a.z) * low(b.z) + high(a.z) * high(b.z) + low(a.w) * low(b.w) + high(a.w) * high(b.w);
 }
 
-// Scores of 64 queries and 64 keys become weights; a row is a query. The mask comes last: its branch keeps ptxas from
-// moving the wait that follows up over the exponentials.
+// Scores of 64 queries and 64 keys become weights; a row is a query.
 __device__ __forceinline__ void weigh(
     float (&score)[32], int start, bool ragged, const int (&first)[2], const int (&last)[2], float scale_log2,
     const float (&sum)[2]) {
