@@ -21,6 +21,7 @@ from ..fp8_layout import (
 )
 
 NAME = "fp8_matmul"
+LEAST_FOR_TORCH = 512  # four blocks of scales, which is what it counts them in
 
 
 def _why_not_hopper(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype) -> str | None:
@@ -36,8 +37,8 @@ def _has_scaled_mm(index: int) -> bool:
 def _why_not_torch(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype) -> str | None:
     if a_MK.device.type != "cuda" or not _has_scaled_mm(a_MK.device.index or 0):
         return "torch has products with scales for blocks on Hopper GPUs only, with CUDA 12.9"
-    if not (a_MK.numel() and b_NK.numel()):
-        return "there is nothing to multiply"
+    if a_MK.shape[1] < LEAST_FOR_TORCH or not (a_MK.numel() and b_NK.numel()):
+        return f"torch's scaled_mm is only taken where at least {LEAST_FOR_TORCH} values are summed"
     (rows, inner), outputs = a_MK.shape, b_NK.shape[0]
     if not (a_MK.is_contiguous() and b_NK.is_contiguous()) or inner % ROW_BYTES or outputs % ROW_BYTES:
         return f"torch's scaled_mm wants contiguous operands whose sizes are multiples of {ROW_BYTES}"
@@ -48,10 +49,8 @@ def _why_not_torch(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tens
 
 
 def _fastest_on_cuda(a_MK: Tensor, *others: Any) -> tuple[str, ...]:
-    # cuBLASLt is ahead for weights, our own kernel for gradients of weights, and it takes any size.
-    weight = others and others[2].shape[0] != others[1].shape[0] and others[3] == torch.bfloat16
     ours = ("cuda", "triton", "reference")
-    return ("torch", *ours) if weight and _why_not_torch(a_MK, *others) is None else ours
+    return ("torch", *ours) if others and _why_not_torch(a_MK, *others) is None else ours
 
 
 dispatch.operator(

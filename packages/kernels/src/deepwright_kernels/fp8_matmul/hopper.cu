@@ -11,11 +11,9 @@
 // are then multiplied by their scales and added to the sums. While one warpgroup adds, the tensor cores work for the
 // other. The tensor cores keep fewer bits than float32 in their own sums: that is why the sums are not left there.
 //
-// With CLUSTER 2, two blocks take neighbouring tiles of the same rows; each fetches half of A for both.
-//
-// Defines: SCHEDULE; BLOCK_N = WAVES * WAVE_N columns of a tile, WAVE_STEPS = WAVE_N / 16; STAGES; CLUSTER;
-// ROW_SCALES_B (1: a scale for each row of B and 128 columns, [V, N] as the copy engine sees it; 0: for 128 x 128);
-// FLOAT_OUT (1: float32, 0: bfloat16); RASTER (rows of tiles that are walked together, for the L2).
+// Defines: SCHEDULE; BLOCK_N = WAVES * WAVE_N columns of a tile, WAVE_STEPS = WAVE_N / 8; STAGES; ROW_SCALES_B (1: a
+// scale for each row of B and 128 columns, [V, N] as the copy engine sees it; 0: for 128 x 128); FLOAT_OUT (1: float32,
+// 0: bfloat16); RASTER (rows of tiles that are walked together, for the L2).
 //
 // Leaves out: K in groups that are no multiples of 128, and C whose rows are no multiples of 16 bytes.
 
@@ -38,14 +36,8 @@ struct alignas(64) TensorMap {
 #define B_SCALE_BYTES (ROW_SCALES_B * BLOCK_N * 4)
 #define STAGE_BYTES (A_BYTES + B_BYTES + A_SCALE_BYTES + B_SCALE_BYTES)
 
-// On its way out a team's part of C passes through two boxes of 64 rows of 128 bytes at a time.
-#define BOX_COLUMNS (FLOAT_OUT ? 32 : 64)
-#define BOX_BYTES (64 * 128)
-#define TEAM_BOXES_BYTES (2 * BOX_BYTES)
-
-// Shared memory: boxes of C, all A, all B (each at a multiple of 1024 bytes, as the swizzle needs), scales, barriers.
-#define A_AT (COPIES_OUT * 2 * TEAM_BOXES_BYTES)
-#define B_AT (A_AT + STAGES * A_BYTES)
+// Shared memory: all A, all B (each at a multiple of 1024 bytes, as the swizzle needs), scales, barriers.
+#define B_AT (STAGES * A_BYTES)
 #define A_SCALE_AT (B_AT + STAGES * B_BYTES)
 #define B_SCALE_AT (A_SCALE_AT + STAGES * A_SCALE_BYTES)
 #define BARRIERS_AT (B_SCALE_AT + STAGES * B_SCALE_BYTES)
@@ -58,65 +50,52 @@ struct alignas(64) TensorMap {
 #define JOIN(a, b) a##b
 #define JOIN_OF(a, b) JOIN(a, b)
 
-// The operands of a wgmma: two descriptors and a flag (%0 .. %2), then WAVE_N / 2 sums, eight for each step.
-#define NAMES_1 "%3, %4, %5, %6, %7, %8, %9, %10"
-#define NAMES_2 NAMES_1 ", %11, %12, %13, %14, %15, %16, %17, %18"
-#define NAMES_3 NAMES_2 ", %19, %20, %21, %22, %23, %24, %25, %26"
-#define NAMES_4 NAMES_3 ", %27, %28, %29, %30, %31, %32, %33, %34"
-#define NAMES_5 NAMES_4 ", %35, %36, %37, %38, %39, %40, %41, %42"
-#define NAMES_6 NAMES_5 ", %43, %44, %45, %46, %47, %48, %49, %50"
-#define NAMES_7 NAMES_6 ", %51, %52, %53, %54, %55, %56, %57, %58"
-#define NAMES_8 NAMES_7 ", %59, %60, %61, %62, %63, %64, %65, %66"
-#define NAMES_9 NAMES_8 ", %67, %68, %69, %70, %71, %72, %73, %74"
-#define NAMES_10 NAMES_9 ", %75, %76, %77, %78, %79, %80, %81, %82"
-#define NAMES_11 NAMES_10 ", %83, %84, %85, %86, %87, %88, %89, %90"
-#define NAMES_12 NAMES_11 ", %91, %92, %93, %94, %95, %96, %97, %98"
-#define NAMES_13 NAMES_12 ", %99, %100, %101, %102, %103, %104, %105, %106"
-#define NAMES_14 NAMES_13 ", %107, %108, %109, %110, %111, %112, %113, %114"
-#define NAMES_15 NAMES_14 ", %115, %116, %117, %118, %119, %120, %121, %122"
-#define NAMES_16 NAMES_15 ", %123, %124, %125, %126, %127, %128, %129, %130"
-#define EIGHT(d, i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define SUMS_1(d) EIGHT(d, 0)
-#define SUMS_2(d) SUMS_1(d), EIGHT(d, 8)
-#define SUMS_3(d) SUMS_2(d), EIGHT(d, 16)
-#define SUMS_4(d) SUMS_3(d), EIGHT(d, 24)
-#define SUMS_5(d) SUMS_4(d), EIGHT(d, 32)
-#define SUMS_6(d) SUMS_5(d), EIGHT(d, 40)
-#define SUMS_7(d) SUMS_6(d), EIGHT(d, 48)
-#define SUMS_8(d) SUMS_7(d), EIGHT(d, 56)
-#define SUMS_9(d) SUMS_8(d), EIGHT(d, 64)
-#define SUMS_10(d) SUMS_9(d), EIGHT(d, 72)
-#define SUMS_11(d) SUMS_10(d), EIGHT(d, 80)
-#define SUMS_12(d) SUMS_11(d), EIGHT(d, 88)
-#define SUMS_13(d) SUMS_12(d), EIGHT(d, 96)
-#define SUMS_14(d) SUMS_13(d), EIGHT(d, 104)
-#define SUMS_15(d) SUMS_14(d), EIGHT(d, 112)
-#define SUMS_16(d) SUMS_15(d), EIGHT(d, 120)
+// The operands of a wgmma: two descriptors (%0, %1), then WAVE_N / 2 sums, four for each step.
+#define NAMES_1 "%2, %3, %4, %5"
+#define NAMES_2 NAMES_1 ", %6, %7, %8, %9"
+#define NAMES_3 NAMES_2 ", %10, %11, %12, %13"
+#define NAMES_4 NAMES_3 ", %14, %15, %16, %17"
+#define NAMES_5 NAMES_4 ", %18, %19, %20, %21"
+#define NAMES_6 NAMES_5 ", %22, %23, %24, %25"
+#define NAMES_7 NAMES_6 ", %26, %27, %28, %29"
+#define NAMES_8 NAMES_7 ", %30, %31, %32, %33"
+#define NAMES_9 NAMES_8 ", %34, %35, %36, %37"
+#define NAMES_10 NAMES_9 ", %38, %39, %40, %41"
+#define NAMES_11 NAMES_10 ", %42, %43, %44, %45"
+#define NAMES_12 NAMES_11 ", %46, %47, %48, %49"
+#define NAMES_13 NAMES_12 ", %50, %51, %52, %53"
+#define NAMES_14 NAMES_13 ", %54, %55, %56, %57"
+#define NAMES_15 NAMES_14 ", %58, %59, %60, %61"
+#define NAMES_16 NAMES_15 ", %62, %63, %64, %65"
+#define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SUMS_1(d) FOUR(d, 0)
+#define SUMS_2(d) SUMS_1(d), FOUR(d, 4)
+#define SUMS_3(d) SUMS_2(d), FOUR(d, 8)
+#define SUMS_4(d) SUMS_3(d), FOUR(d, 12)
+#define SUMS_5(d) SUMS_4(d), FOUR(d, 16)
+#define SUMS_6(d) SUMS_5(d), FOUR(d, 20)
+#define SUMS_7(d) SUMS_6(d), FOUR(d, 24)
+#define SUMS_8(d) SUMS_7(d), FOUR(d, 28)
+#define SUMS_9(d) SUMS_8(d), FOUR(d, 32)
+#define SUMS_10(d) SUMS_9(d), FOUR(d, 36)
+#define SUMS_11(d) SUMS_10(d), FOUR(d, 40)
+#define SUMS_12(d) SUMS_11(d), FOUR(d, 44)
+#define SUMS_13(d) SUMS_12(d), FOUR(d, 48)
+#define SUMS_14(d) SUMS_13(d), FOUR(d, 52)
+#define SUMS_15(d) SUMS_14(d), FOUR(d, 56)
+#define SUMS_16(d) SUMS_15(d), FOUR(d, 60)
 
-#define WGMMA(add, a_text, ...) \
+#define WGMMA(add) \
     asm volatile( \
-        "{\n.reg .pred p;\n.reg .b32 x<4>;\nsetp.ne.b32 p, " #add ", 0;\n" a_text \
-        "%0, p, 1, 1;\n}\n" \
-        : __VA_ARGS__, JOIN_OF(SUMS_, WAVE_STEPS)(d))
-#define WGMMA_NAME \
-    "wgmma.mma_async.sync.aligned.m64n" TEXT_OF(WAVE_N) "k32.f32.e4m3.e4m3 {" JOIN_OF(NAMES_, WAVE_STEPS) "}, "
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " #add ", 0;\nwgmma.mma_async.sync.aligned.m64n" TEXT_OF(WAVE_N) \
+        "k32.f32.e4m3.e4m3 {" JOIN_OF(NAMES_, WAVE_STEPS) "}, %0, %1, p, 1, 1;\n}\n" \
+        : "+l"(a), "+l"(b), JOIN_OF(SUMS_, WAVE_STEPS)(d))
 
-// d = a · bᵀ (FIRST) or d += a · bᵀ over 32 columns, both in shared memory.
+// d = a · bᵀ (FIRST) or d += a · bᵀ over 32 columns.
 template <bool FIRST>
 __device__ __forceinline__ void wgmma(float (&d)[WAVE_N / 2], u64 a, u64 b) {
-    u32 unused = 0;
-    if (FIRST) WGMMA(0, WGMMA_NAME "%1, ", "+l"(b), "+l"(a), "+r"(unused));
-    else WGMMA(1, WGMMA_NAME "%1, ", "+l"(b), "+l"(a), "+r"(unused));
-}
-
-// The same with a in registers.
-template <bool FIRST>
-__device__ __forceinline__ void wgmma(float (&d)[WAVE_N / 2], const u32 (&a)[4], u64 b) {
-    u64 low = (u64)a[1] << 32 | a[0], high = (u64)a[3] << 32 | a[2];
-#define A_TEXT "mov.b64 {x0, x1}, %1;\nmov.b64 {x2, x3}, %2;\n" WGMMA_NAME "{x0, x1, x2, x3}, "
-    if (FIRST) WGMMA(0, A_TEXT, "+l"(b), "+l"(low), "+l"(high));
-    else WGMMA(1, A_TEXT, "+l"(b), "+l"(low), "+l"(high));
+    if (FIRST) WGMMA(0);
+    else WGMMA(1);
 }
 
 // The compiler must not move reads or writes of the sums across this point.
@@ -127,18 +106,7 @@ __device__ __forceinline__ void pin(float (&d)[WAVE_N / 2]) {
 
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(LEFT) : "memory");
-}
-
-__device__ __forceinline__ void turn_wait(int team) {
-    asm volatile("barrier.sync %0, 256;\n" ::"r"(team + 1) : "memory");
-}
-
-__device__ __forceinline__ void turn_pass(int team) {
-    asm volatile("barrier.arrive %0, 256;\n" ::"r"((team ^ 1) + 1) : "memory");
-}
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory"); }
 
 // A tile of rows of 128 bytes with the 128-byte swizzle: eight rows are 1024 bytes apart from the next eight.
 __device__ __forceinline__ u64 descriptor(u32 address) {
@@ -157,22 +125,10 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-
-// A warp has read all it needs of a stage: the producers that fill it, here and in the rest of the cluster, may.
+// A warp has read all it needs of a stage: the producer may fill it.
 __device__ __forceinline__ void free_stage(u32 barrier, int lane) {
     __syncwarp();
-    if (CLUSTER > 1) {
-        if (lane < CLUSTER) barrier_arrive_at(barrier, lane);
-    } else if (lane == 0) {
-        barrier_arrive(barrier);
-    }
+    if (lane == 0) barrier_arrive(barrier);
 }
 
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
@@ -202,24 +158,6 @@ __device__ __forceinline__ void load_tile_of(
         : "memory");
 }
 
-__device__ __forceinline__ void load_tile_for_all(const TensorMap& map, u32 to, u32 barrier, int column, int row) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%3, %4}], [%2], %5;\n" ::"r"(to),
-        "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"((unsigned short)((1 << CLUSTER) - 1))
-        : "memory");
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
-    return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
-}
-
 __device__ __forceinline__ float load_shared(u32 address) {
     float value;
     asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(value) : "r"(address));
@@ -230,13 +168,6 @@ __device__ __forceinline__ float2 load_shared_pair(u32 address) {
     float2 pair;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
     return pair;
-}
-
-__device__ __forceinline__ void load_matrices(u32 (&a)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(address)
-                 : "memory");
 }
 
 __device__ __forceinline__ u32 bfloat16_pair(float low, float high) {
@@ -253,9 +184,9 @@ struct Tile {
 
 // The tile that is number `index`, or false past the last one. The whole warp must call it.
 __device__ __forceinline__ bool find_tile(
-    int index, int lane, int rank, int rows, int columns, int k, int groups, const int* ends, Tile& tile) {
+    int index, int lane, int rows, int columns, int k, int groups, const int* ends, Tile& tile) {
     const int down = (rows + BLOCK_M - 1) / BLOCK_M;
-    const int across = (columns + BLOCK_N * CLUSTER - 1) / (BLOCK_N * CLUSTER);
+    const int across = (columns + BLOCK_N - 1) / BLOCK_N;
     tile.group = 0;
 #if SCHEDULE == 2
     tile.group = index / (down * across);
@@ -269,7 +200,7 @@ __device__ __forceinline__ bool find_tile(
     const int height = min(RASTER, down - strip * RASTER);
     index -= strip * RASTER * across;
     tile.row = (strip * RASTER + index % height) * BLOCK_M;
-    tile.column = (index / height * CLUSTER + rank) * BLOCK_N;
+    tile.column = index / height * BLOCK_N;
     tile.first = 0;
     tile.count = (k + BLOCK_K - 1) / BLOCK_K;
 #if SCHEDULE == 1
@@ -286,12 +217,6 @@ __device__ __forceinline__ bool find_tile(
 #endif
     return true;
 }
-
-#if STREAM
-#define STORE(to, value) __stcs(to, value)
-#else
-#define STORE(to, value) *(to) = value
-#endif
 
 // Two rows of sums (eight apart) of a wave to memory. A thread holds two neighbouring columns of every eight; groups of
 // four threads exchange theirs first, so that each writes 16 bytes.
@@ -313,7 +238,7 @@ __device__ __forceinline__ void store(
             const float c1 = __shfl_xor_sync(0xFFFFFFFF, odd ? a1 : b1, 1);
             const float4 four = odd ? make_float4(c0, c1, b0, b1) : make_float4(a0, a1, c0, c1);
             const int at = column + 8 * (j + (quarter & 1)) + 4 * (quarter >> 1);
-            if (inside && at < columns) STORE((float4*)((float*)out + start + at), four);
+            if (inside && at < columns) *(float4*)((float*)out + start + at) = four;
         }
 #else
 #pragma unroll
@@ -334,86 +259,17 @@ __device__ __forceinline__ void store(
             const u32 y1 = __shfl_xor_sync(0xFFFFFFFF, upper ? p1 : p3, 2);
             const uint4 eight = upper ? make_uint4(y0, y1, p2, p3) : make_uint4(p0, p1, y0, y1);
             const int at = column + 8 * (j + quarter);
-            if (inside && at < columns && j + quarter < WAVE_N / 8) STORE((uint4*)((unsigned short*)out + start + at), eight);
+            if (inside && at < columns && j + quarter < WAVE_N / 8) *(uint4*)((unsigned short*)out + start + at) = eight;
         }
 #endif
     }
 }
 
-__device__ __forceinline__ void team_sync(int team) {
-    asm volatile("barrier.sync %0, 128;\n" ::"r"(team + 3) : "memory");
-}
-
-// A wave's sums to memory by way of shared memory: the copy engine writes while the next tile is already computed.
-__device__ __forceinline__ void store_by_copies(
-    const float (&sum)[WAVE_N / 2], const TensorMap& map, u32 to, const Tile& tile, int column, int columns, int team,
-    int warp, int lane) {
-    const bool leader = warp % 4 == 0 && lane == 0;
-#pragma unroll
-    for (int first = 0; first < WAVE_N / BOX_COLUMNS; first += 2) {
-        if (leader) asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
-        team_sync(team);
-#pragma unroll
-        for (int box = first; box < first + 2 && box < WAVE_N / BOX_COLUMNS; ++box) {
-            const u32 box_at = to + (box - first) * BOX_BYTES + warp % 4 * 16 * 128;
-#if FLOAT_OUT
-            const int row = lane / 4, quarter = lane % 4;
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int i = 4 * (4 * box + j) + 2 * half;
-                    const u32 at = box_at + (row + 8 * half) * 128 + ((2 * j + quarter / 2) ^ row) * 16 + quarter % 2 * 8;
-                    asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(at), "f"(sum[i]), "f"(sum[i + 1]) : "memory");
-                }
-#else
-            // Lanes 0-7, 8-15, .. name the rows of the four 8 x 8 matrices: two of eight columns, then two of the next.
-            const int row = lane % 16;
-#pragma unroll
-            for (int j = 0; j < 8; j += 2) {
-                const float* d = sum + 4 * (8 * box + j);
-                asm volatile(
-                    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
-                        box_at + row * 128 + ((j + lane / 16) ^ (row & 7)) * 16),
-                    "r"(bfloat16_pair(d[0], d[1])), "r"(bfloat16_pair(d[2], d[3])), "r"(bfloat16_pair(d[4], d[5])),
-                    "r"(bfloat16_pair(d[6], d[7]))
-                    : "memory");
-            }
-#endif
-        }
-        asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-        team_sync(team);
-        if (leader) {
-            for (int box = first; box < first + 2 && box < WAVE_N / BOX_COLUMNS; ++box) {
-                const int at = column + box * BOX_COLUMNS;
-                if (at >= columns) break;
-                asm volatile(
-#if SCHEDULE == 2
-                    "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];\n"
-#else
-                    "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n"
-#endif
-                    ::"l"(&map), "r"(to + (box - first) * BOX_BYTES), "r"(at), "r"(tile.row + team * 64),
-                    "r"(tile.group)
-                    : "memory");
-            }
-            asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
-        }
-    }
-}
-
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
-
-extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_product(
     const __grid_constant__ TensorMap a_map,
     const __grid_constant__ TensorMap b_map,
     const __grid_constant__ TensorMap a_scale_map,
     const __grid_constant__ TensorMap b_scale_map,
-    const __grid_constant__ TensorMap out_map,
     const float* __restrict__ b_scale,
     const int* __restrict__ ends,
     void* __restrict__ out,
@@ -425,17 +281,15 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
     const u32 base = (u32)__cvta_generic_to_shared(shared);
     const u32 full = base + BARRIERS_AT, empty = full + 8 * STAGES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
             barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, MATHS_WARPS * CLUSTER);
+            barrier_init(empty + 8 * s, MATHS_WARPS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;\n" ::: "memory");
     }
-    if (CLUSTER > 1) cluster_sync();
-    else __syncthreads();
+    __syncthreads();
 
     int stage = 0;
     u32 parity = 0;
@@ -443,21 +297,14 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
     if (warp >= MATHS_WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n");
         if (warp == MATHS_WARPS) {
-            for (int index = blockIdx.x / CLUSTER;
-                 find_tile(index, lane, rank, rows, columns, k, groups, ends, tile);
-                 index += gridDim.x / CLUSTER) {
+            for (int index = blockIdx.x; find_tile(index, lane, rows, columns, k, groups, ends, tile);
+                 index += gridDim.x) {
                 if (lane == 0) {
                     for (int block = tile.first; block < tile.first + tile.count; ++block) {
                         barrier_wait(empty + 8 * stage, parity ^ 1);
                         const u32 ready = full + 8 * stage;
                         barrier_expect(ready, STAGE_BYTES);
-#if CLUSTER > 1
-                        const int part = rank * (BLOCK_M / CLUSTER);
-                        load_tile_for_all(
-                            a_map, base + A_AT + stage * A_BYTES + part * BLOCK_K, ready, block * BLOCK_K, tile.row + part);
-#else
-                        load_tile(a_map, base + A_AT + stage * A_BYTES, ready, block * BLOCK_K, tile.row);
-#endif
+                        load_tile(a_map, base + stage * A_BYTES, ready, block * BLOCK_K, tile.row);
                         const u32 b_to = base + B_AT + stage * B_BYTES;
 #if SCHEDULE == 1
                         load_tile_of(b_map, b_to, ready, block * BLOCK_K, tile.column, tile.group);
@@ -479,9 +326,8 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
         const int team = warp / 4;
         const int row_in_tile = team * 64 + warp % 4 * 16 + lane / 4;
         float sum[WAVES][WAVE_N / 2], fresh[WAVE_N / 2];
-        if (ORDER && team == 1) turn_pass(team);
-        for (int index = blockIdx.x / CLUSTER; find_tile(index, lane, rank, rows, columns, k, groups, ends, tile);
-             index += gridDim.x / CLUSTER) {
+        for (int index = blockIdx.x; find_tile(index, lane, rows, columns, k, groups, ends, tile);
+             index += gridDim.x) {
 #pragma unroll
             for (int w = 0; w < WAVES; ++w)
 #pragma unroll
@@ -504,7 +350,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
             }
 #endif
             for (int block = 0; block < tile.count; ++block) {
-                const u32 a_at = base + A_AT + stage * A_BYTES + team * 64 * BLOCK_K;
+                const u32 a_at = base + stage * A_BYTES + team * 64 * BLOCK_K;
                 const u32 b_at = base + B_AT + stage * B_BYTES;
                 const u32 a_scale_at = base + A_SCALE_AT + stage * A_SCALE_BYTES + row_in_tile * 4;
 #if !ROW_SCALES_B
@@ -520,32 +366,17 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
 #endif
                 barrier_wait(full + 8 * stage, parity);
                 const float a_scale[2] = {load_shared(a_scale_at), load_shared(a_scale_at + 32)};
-#if REGISTERS_A
-                // Lanes 0-7 name rows 0-7 and lanes 8-15 rows 8-15 of 16 bytes, lanes 16-31 the same of the next 16.
-                u32 a_part[BLOCK_K / 32][4];
-                const int a_row = warp % 4 * 16 + lane % 16;
-#pragma unroll
-                for (int step = 0; step < BLOCK_K / 32; ++step)
-                    load_matrices(a_part[step], a_at + a_row * BLOCK_K + ((2 * step + lane / 16) ^ (a_row & 7)) * 16);
-#endif
 #pragma unroll
                 for (int w = 0; w < WAVES; ++w) {
                     pin(fresh);
-                    if (ORDER) turn_wait(team);
                     wgmma_begin();
                     const u64 a = descriptor(a_at), b = descriptor(b_at + w * WAVE_N * BLOCK_K);
 #pragma unroll
                     for (int step = 0; step < BLOCK_K / 32; ++step) {
-#if REGISTERS_A
-                        if (step == 0) wgmma<true>(fresh, a_part[0], b);
-                        else wgmma<false>(fresh, a_part[step], b + 2 * step);
-#else
                         if (step == 0) wgmma<true>(fresh, a, b);
                         else wgmma<false>(fresh, a + 2 * step, b + 2 * step);
-#endif
-                        if (ORDER == 2 && step == 2 || step == 3) wgmma_commit();
                     }
-                    if (ORDER == 1) turn_pass(team);
+                    wgmma_commit();
 #if ROW_SCALES_B
                     const u32 b_scale_at = base + B_SCALE_AT + stage * B_SCALE_BYTES + (w * WAVE_N + lane % 4 * 2) * 4;
 #if !SCALES_LATE
@@ -557,8 +388,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
                     const float near0 = a_scale[0] * near[w], near1 = a_scale[1] * near[w];
                     const float far0 = a_scale[0] * far[w], far1 = a_scale[1] * far[w];
 #endif
-                    if (ORDER == 2) wgmma_wait<1>(), turn_pass(team);
-                    wgmma_wait<0>();
+                    wgmma_wait();
                     pin(fresh);
                     if (w == WAVES - 1 && !SCALES_LATE) free_stage(empty + 8 * stage, lane);
 #pragma unroll
@@ -586,23 +416,11 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) fp8_product
                 }
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
-#if COPIES_OUT
-#pragma unroll
-            for (int w = 0; w < WAVES; ++w)
-                store_by_copies(
-                    sum[w], out_map, base + team * TEAM_BOXES_BYTES, tile, tile.column + w * WAVE_N, columns, team, warp,
-                    lane);
-#else
             void* to = out;
             if (SCHEDULE == 2) to = (char*)out + (u64)tile.group * rows * columns * (FLOAT_OUT ? 4 : 2);
 #pragma unroll
             for (int w = 0; w < WAVES; ++w)
                 store(sum[w], to, tile.row + row_in_tile, tile.column + w * WAVE_N, rows, columns, lane);
-#endif
         }
-        if (COPIES_OUT && warp % 4 == 0 && lane == 0) asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory");
-    }
-    if (CLUSTER > 1) {
-        cluster_sync();  // a block must not end while another one still copies into it or signals its barriers
     }
 }

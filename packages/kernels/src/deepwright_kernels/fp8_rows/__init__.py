@@ -21,6 +21,10 @@ def _why_not_hopper(x_TK: Tensor, *_: bool) -> str | None:
     return "its kernel is for numbers of columns that are multiples of 8" if x_TK.shape[-1] % 8 else None
 
 
+def _fastest_on_cuda(x_TK: Tensor, *_: bool) -> tuple[str, ...]:
+    return ("triton", "reference") if _why_not_hopper(x_TK) else ("cuda", "triton", "reference")
+
+
 dispatch.operator(ROWS, {"reference": f"{__name__}.reference:{ROWS}", "triton": f"{__name__}.triton:{ROWS}"})
 for name in (COLUMNS, BOTH):
     dispatch.operator(
@@ -30,7 +34,7 @@ for name in (COLUMNS, BOTH):
             "triton": f"{__name__}.triton:{name}",
             "cuda": f"{__name__}.hopper:{name}",
         },
-        cuda=("triton", "reference"),
+        cuda=_fastest_on_cuda,
         needs={"cuda": _why_not_hopper},
     )
 

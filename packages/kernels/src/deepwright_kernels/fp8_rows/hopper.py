@@ -17,7 +17,7 @@ from ..fp8_layout import ROW_BYTES, blocks, empty_rows
 
 SOURCE = Path(__file__).with_name("tile.cu")
 THREADS = 256
-BLOCKS = 3  # on a multiprocessor
+BLOCKS = {False: 3, True: 2}  # on a multiprocessor, without rows and with them
 
 
 def aligned(x_TK: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def _launch(
     tokens, width = x_TK.shape
     values_TK, scale_TV = rows or columns
     values_KT, scale_KU = columns
-    defines = {"SWIGLU": 0, "ROWS": int(rows is not None), "POWER_OF_TWO": int(power_of_two_scales), "BLOCKS": BLOCKS}
+    defines = {"SWIGLU": 0, "ROWS": int(rows is not None), "POWER_OF_TWO": int(power_of_two_scales), "BLOCKS": BLOCKS[rows is not None]}
     kernel(SOURCE, "fp8_tile", defines, 0, x_TK.device).launch(
         (blocks(tokens) * blocks(width), 1, 1),
         (THREADS, 1, 1),

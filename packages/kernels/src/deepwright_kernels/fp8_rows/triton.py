@@ -1,7 +1,7 @@
 """Quantising activations as Triton kernels, each of which reads every value once.
 
 Along rows, a program takes a few tokens of some blocks of 128 columns; the absolute maximum of a block is found in
-registers. Along columns, a program takes 128 tokens of some columns, and the values go through shared memory once, as
+registers. Along columns, a program takes 128 tokens of 32 columns, and the values go through shared memory once, as
 bytes already packed along the tokens, to be written as rows of the transpose. Both at once is the second kernel with
 the first one's output as well.
 
@@ -22,10 +22,10 @@ from ..fp8_layout import BLOCK, blocks, empty_rows
 ROWS_TOKENS = 8
 ROWS_BLOCKS = 4
 ROWS_WARPS = 4
-COLUMNS_WIDTH = 64
-COLUMNS_WARPS = 4
+COLUMNS_WIDTH = 32
+COLUMNS_WARPS = 2
 BOTH_TOKENS = 32
-BOTH_WIDTH = 64
+BOTH_WIDTH = 32
 BOTH_WARPS = 4
 
 INTERPRETED = tl.constexpr(interpreted())

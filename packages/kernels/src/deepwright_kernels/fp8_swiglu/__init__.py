@@ -7,6 +7,8 @@ the layers of fp8_linear call both.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,11 @@ def _why_not_hopper(grad_TI: Tensor, gate_up_TJ: Tensor, *_: bool) -> str | None
     return "its kernel is for hidden sizes that are multiples of 128" if gate_up_TJ.shape[-1] % (2 * BLOCK) else None
 
 
+def _fastest_on_cuda(grad_TI: Tensor, *others: Any) -> tuple[str, ...]:
+    ours = others and _why_not_hopper(grad_TI, *others) is None
+    return ("cuda", "triton", "reference") if ours else ("triton", "reference")
+
+
 dispatch.operator(FORWARD, {"reference": f"{__name__}.reference:{FORWARD}", "triton": f"{__name__}.triton:{FORWARD}"})
 dispatch.operator(
     BACKWARD,
@@ -31,7 +38,7 @@ dispatch.operator(
         "triton": f"{__name__}.triton:{BACKWARD}",
         "cuda": f"{__name__}.hopper:{BACKWARD}",
     },
-    cuda=("triton", "reference"),
+    cuda=_fastest_on_cuda,
     needs={"cuda": _why_not_hopper},
 )
 

@@ -22,23 +22,17 @@ def swiglu_quantise_fp8(gate_up_TJ: Tensor, power_of_two_scales: bool) -> tuple[
     return quantise_fp8_rows(hidden_TI.to(gate_up_TJ.dtype), power_of_two_scales)
 
 
-def swiglu_gradients(grad_TI: Tensor, gate_up_TJ: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient [T, J] of gates and ups, and the hidden values [T, I], in their dtype."""
+def swiglu_backward_quantise_fp8(
+    grad_TI: Tensor, gate_up_TJ: Tensor, power_of_two_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of gate and up along rows and along columns, and the hidden values along columns."""
     grad_TI = grad_TI.float()
     gate_TI, up_TI = gate_up_TJ.float().chunk(2, -1)
     sigmoid_TI = gate_TI.sigmoid()
     silu_TI = gate_TI * sigmoid_TI
     grad_gate_TI = grad_TI * up_TI * sigmoid_TI * (1 + gate_TI * (1 - sigmoid_TI))
     grad_TJ = torch.cat([grad_gate_TI, grad_TI * silu_TI], -1)
-    return grad_TJ.to(gate_up_TJ.dtype), (silu_TI * up_TI).to(gate_up_TJ.dtype)
-
-
-def swiglu_backward_quantise_fp8(
-    grad_TI: Tensor, gate_up_TJ: Tensor, power_of_two_scales: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of gate and up along rows and along columns, and the hidden values along columns."""
-    grad_TJ, hidden_TI = swiglu_gradients(grad_TI, gate_up_TJ)
     return (
-        *quantise_fp8_rows_and_columns(grad_TJ, power_of_two_scales),
-        *quantise_fp8_columns(hidden_TI, power_of_two_scales),
+        *quantise_fp8_rows_and_columns(grad_TJ.to(gate_up_TJ.dtype), power_of_two_scales),
+        *quantise_fp8_columns((silu_TI * up_TI).to(gate_up_TJ.dtype), power_of_two_scales),
     )
