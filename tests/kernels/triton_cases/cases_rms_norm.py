@@ -7,7 +7,7 @@ from deepwright_kernels import add_rms_norm, dispatch, rms_norm
 
 from .sides import OPCHECKS, TOLERANCE, both, draw
 
-SHAPES = [(1, 1), (5, 7), (2, 3, 129), (9, 64), (0, 8)]
+SHAPES = [(1, 1), (5, 7), (2, 3, 129), (9, 64), (7, 600), (0, 8)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -22,8 +22,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .reference import COEFFICIENTS, SMALLEST_NORM
 
 NORM_BLOCK, NORM_BLOCKS = 2048, 8  # values of a load, and loads of a program that sums squares
-# Rows and columns of a tile, depth of a step, warps and stages, for the symmetric products and for the other.
-SYMMETRIC = (128, 128, 64, 4, 4)
+# Rows and columns of a tile, depth of a step, warps and stages. G·G adds G in its epilogue, so long that two programs
+# on a processor, with a stage less each, are faster; X·Xᵀ is deeper and wants the stage.
+GRAM = (128, 128, 64, 4, 4)
+SQUARE = (128, 128, 64, 4, 3)
 UPDATE = (128, 256, 64, 8, 4)
 ON_CPU = (16, 16, 16, 1, 1)  # the interpreter's tiles: small ones, so that small matrices have several
 
@@ -167,7 +169,7 @@ def symmetric_product(a_EMN: Tensor, product_factor: float, a_factor: float | No
     """
     count, rows, columns = a_EMN.shape
     size, depth = min(rows, columns), max(rows, columns)
-    block_i, block_j, block_k, warps, stages = _shape(a_EMN, SYMMETRIC)
+    block_i, block_j, block_k, warps, stages = _shape(a_EMN, GRAM if a_factor is None else SQUARE)
     tall = rows > columns
     blocks = triton.cdiv(size, block_j)
     _symmetric_kernel[(blocks * (blocks + 1) // 2 * (block_j // block_i), count)](

@@ -1,10 +1,10 @@
 """Root-mean-square norm, alone or after a residual addition, as Triton kernels: one pass forward, one pass backward.
 
-A program owns a tile of whole rows: one of a wide model, several of a narrow latent, so that there is always enough to
-load at once. Forward, 1/rms of each row is kept for the backward pass. Backward, a fixed number of programs walk over
-the rows, loading the next while they work on the last, and each sums the weight's gradient of its rows; the partial
-sums are added up at the end, in the same order every time, so the result does not change from run to run. A row has to
-fit into one program.
+A program owns a tile of whole rows, several where they are short, so that there is always enough to load at once.
+Forward, 1/rms of each row is kept for the backward pass. Backward, a fixed number of programs walk over the rows, and
+each sums the weight's gradient of its rows; a long row is worked on while the next one comes into registers. The
+partial sums are added up at the end, in the same order every time, so the result does not change from run to run. A row
+has to fit into one program.
 
 Shapes: T rows, D columns, G programs of the backward pass.
 """
@@ -15,67 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 LARGEST_ROW = 65536
-TILE = 4096  # values of a tile, where rows are shorter than that
-BACKWARD_PROGRAMS_PER_PROCESSOR = 4
-BACKWARD_PROGRAMS_ON_CPU = 4  # the interpreter runs them one after another
-TOTAL_ROWS, TOTAL_COLUMNS = 64, 32  # a tile of the partial sums, when they are added up
-
-
-@triton.jit
-def _load(ptr, start_T, inside_T, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns FIRST .. FIRST + BLOCK of some rows, zeros beyond the edges."""
-    column_D = FIRST + tl.arange(0, BLOCK)
-    inside_TD = (column_D < columns)[None, :]
-    if start_T.shape[0] > 1:
-        inside_TD = inside_TD & inside_T[:, None]
-    return tl.load(ptr + start_T[:, None] + column_D[None, :], mask=inside_TD, other=0.0)
-
-
-@triton.jit
-def _store(ptr, values_TD, start_T, inside_T, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    column_D = FIRST + tl.arange(0, BLOCK)
-    inside_TD = (column_D < columns)[None, :]
-    if start_T.shape[0] > 1:
-        inside_TD = inside_TD & inside_T[:, None]
-    tl.store(ptr + start_T[:, None] + column_D[None, :], values_TD.to(ptr.dtype.element_ty), mask=inside_TD)
-
-
-@triton.jit
-def _load_weight(weight_ptr, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
-    # Another policy makes it another load: else the compiler would keep the first one's values in registers.
-    column_D = FIRST + tl.arange(0, BLOCK)
-    weight_D = tl.load(
-        weight_ptr + column_D, mask=column_D < columns, other=0.0, eviction_policy="evict_last" if AGAIN else ""
-    )
-    return weight_D.to(tl.float32)[None, :]
-
-
-@triton.jit
-def _summed(
-    x_ptr, residual_ptr, summed_ptr, x_T, residual_T, y_T, inside_T, columns,
-    ADD: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """x, or x + residual, which is stored and rounded: the backward pass and the next layers find no more than this."""
-    x_TD = _load(x_ptr, x_T, inside_T, columns, FIRST, BLOCK)
-    if ADD:
-        residual_TD = _load(residual_ptr, residual_T, inside_T, columns, FIRST, BLOCK)
-        x_TD = (x_TD.to(tl.float32) + residual_TD.to(tl.float32)).to(summed_ptr.dtype.element_ty)
-        _store(summed_ptr, x_TD, y_T, inside_T, columns, FIRST, BLOCK)
-    return x_TD
-
-
-@triton.jit
-def _squares(x_TD):
-    wide_TD = x_TD.to(tl.float32)
-    return tl.sum(wide_TD * wide_TD, axis=1)
-
-
-@triton.jit
-def _store_normed(
-    normed_ptr, x_TD, scale_T, weight_ptr, y_T, inside_T, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr
-):
-    normed_TD = x_TD.to(tl.float32) * scale_T[:, None] * _load_weight(weight_ptr, columns, FIRST, BLOCK)
-    _store(normed_ptr, normed_TD, y_T, inside_T, columns, FIRST, BLOCK)
+WIDE_ROW, WIDE_TILE, TILE = 8192, 16384, 4096  # values of a forward program's tile, from this width on and below it
+SHORT_ROW = 1024  # shorter ones go through the backward pass several at a time
+PROGRAMS_ON_CPU = 4  # of the backward pass: the interpreter runs them one after another
+TOTAL_ROWS, TOTAL_COLUMNS = 256, 8  # a tile of the partial sums, when they are added up
 
 
 @triton.jit
@@ -93,60 +36,27 @@ def _forward_kernel(
     eps,
     ADD: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK_T
-    x_ptr += first * x_stride
-    residual_ptr += first * residual_stride
-    normed_ptr += first * columns
-    summed_ptr += first * columns
-    row_T = tl.arange(0, BLOCK_T)
-    in_T = row_T < rows - first
-    x_T, residual_T, y_T = row_T * x_stride, row_T * residual_stride, row_T * columns
-    a_TD = _summed(x_ptr, residual_ptr, summed_ptr, x_T, residual_T, y_T, in_T, columns, ADD, 0, A)
-    squares_T = _squares(a_TD)
-    if B:
-        b_TD = _summed(x_ptr, residual_ptr, summed_ptr, x_T, residual_T, y_T, in_T, columns, ADD, A, B)
-        squares_T += _squares(b_TD)
-    if C:
-        c_TD = _summed(x_ptr, residual_ptr, summed_ptr, x_T, residual_T, y_T, in_T, columns, ADD, A + B, C)
-        squares_T += _squares(c_TD)
-    scale_T = tl.rsqrt(squares_T / columns + eps)
-    tl.store(scale_ptr + first + row_T, scale_T, mask=in_T)
-    _store_normed(normed_ptr, a_TD, scale_T, weight_ptr, y_T, in_T, columns, 0, A)
-    if B:
-        _store_normed(normed_ptr, b_TD, scale_T, weight_ptr, y_T, in_T, columns, A, B)
-    if C:
-        _store_normed(normed_ptr, c_TD, scale_T, weight_ptr, y_T, in_T, columns, A + B, C)
-
-
-@triton.jit
-def _product_sum(x_TD, grad_TD, weight_ptr, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    weight_1D = _load_weight(weight_ptr, columns, FIRST, BLOCK)
-    return tl.sum(grad_TD.to(tl.float32) * weight_1D * x_TD.to(tl.float32), axis=1)
-
-
-@triton.jit
-def _backward_part(
-    x_TD, grad_TD, sum_TD, scale_T, pull_T, weight_ptr, grad_summed_ptr, grad_x_ptr, y_T, inside_T, columns,
-    ADD: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Stores these columns' gradient of x and gives the sum of the weight's so far."""
-    wide_TD, grad_TD = x_TD.to(tl.float32), grad_TD.to(tl.float32)
-    weight_1D = _load_weight(weight_ptr, columns, FIRST, BLOCK, True)
-    grad_x_TD = (grad_TD * weight_1D - wide_TD * pull_T[:, None]) * scale_T[:, None]
+    row_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offset_D = tl.arange(0, BLOCK_D)
+    inside_D = offset_D < columns
+    inside_TD = (row_T < rows)[:, None] & inside_D[None, :]
+    x_TD = tl.load(x_ptr + (row_T * x_stride)[:, None] + offset_D[None, :], mask=inside_TD, other=0.0).to(tl.float32)
+    here_TD = (row_T * columns)[:, None] + offset_D[None, :]
     if ADD:
-        grad_x_TD += _load(grad_summed_ptr, y_T, inside_T, columns, FIRST, BLOCK).to(tl.float32)
-    _store(grad_x_ptr, grad_x_TD, y_T, inside_T, columns, FIRST, BLOCK)
-    return sum_TD + grad_TD * (wide_TD * scale_T[:, None])
-
-
-@triton.jit
-def _store_partial(partial_ptr, sum_TD, columns, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    column_D = FIRST + tl.arange(0, BLOCK)
-    tl.store(partial_ptr + tl.program_id(0) * columns + column_D, tl.sum(sum_TD, axis=0), mask=column_D < columns)
+        residual_TD = tl.load(
+            residual_ptr + (row_T * residual_stride)[:, None] + offset_D[None, :], mask=inside_TD, other=0.0
+        )
+        summed_TD = (x_TD + residual_TD.to(tl.float32)).to(summed_ptr.dtype.element_ty)
+        tl.store(summed_ptr + here_TD, summed_TD, mask=inside_TD)
+        x_TD = summed_TD.to(tl.float32)  # rounded: the backward pass finds no more than this
+    # Before the sum, which waits for the whole row: the weight comes meanwhile.
+    weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
+    scale_T = tl.rsqrt(tl.sum(x_TD * x_TD, axis=1) / columns + eps)
+    tl.store(scale_ptr + row_T, scale_T, mask=row_T < rows)
+    normed_TD = x_TD * scale_T[:, None] * weight_D[None, :]
+    tl.store(normed_ptr + here_TD, normed_TD.to(normed_ptr.dtype.element_ty), mask=inside_TD)
 
 
 @triton.jit
@@ -162,59 +72,79 @@ def _backward_kernel(
     rows,
     columns,
     ADD: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    # With n = x · scale and y = n · w: dx = scale · (g·w − n · mean(g·w·n)), dw = Σ_rows g · n. The weight is loaded
-    # again where it is needed: the L1 has it, and the registers are worth another program on the processor.
-    a_sum_TD = tl.zeros((BLOCK_T, A), dtype=tl.float32)
-    b_sum_TD = tl.zeros((BLOCK_T, B if B else 1), dtype=tl.float32)
-    c_sum_TD = tl.zeros((BLOCK_T, C if C else 1), dtype=tl.float32)
-    row_T = tl.arange(0, BLOCK_T)
-    x_T, y_T = row_T * x_stride, row_T * columns
+    """Long rows, one at a time. With n = x · scale, y = n · w: dx = scale · (g·w − n · mean(g·w·n)), dw = Σ g · n."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    offset_D = tl.arange(0, BLOCK_D)
+    inside_D = offset_D < columns
+    sum_D = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    first = tl.cast(program, tl.int64)
+    next_x_D = tl.load(x_ptr + first * x_stride + offset_D, mask=inside_D, other=0.0)
+    next_grad_D = tl.load(grad_ptr + first * columns + offset_D, mask=inside_D, other=0.0)
+    next_scale = tl.load(scale_ptr + first)
+    for index in tl.range(program, rows, programs, num_stages=1):
+        row = tl.cast(index, tl.int64)
+        x_D, grad_D, scale = next_x_D, next_grad_D, next_scale
+        following = row + programs
+        there_D = offset_D < tl.where(following < rows, columns, 0)
+        next_x_D = tl.load(x_ptr + following * x_stride + offset_D, mask=there_D, other=0.0)
+        next_grad_D = tl.load(grad_ptr + following * columns + offset_D, mask=there_D, other=0.0)
+        next_scale = tl.load(scale_ptr + tl.minimum(following, rows - 1))
+
+        wide_D, grad_D = x_D.to(tl.float32), grad_D.to(tl.float32)
+        weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
+        pull = tl.sum(grad_D * weight_D * wide_D, axis=0) / columns * scale * scale
+        # Loaded twice, and with another policy, or the compiler would keep it in registers that hold the next row.
+        again_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        grad_x_D = (grad_D * again_D - wide_D * pull) * scale
+        here_D = row * columns + offset_D
+        if ADD:
+            grad_x_D += tl.load(grad_summed_ptr + here_D, mask=inside_D, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + here_D, grad_x_D.to(grad_x_ptr.dtype.element_ty), mask=inside_D)
+        sum_D += grad_D * (wide_D * scale)
+    tl.store(partial_ptr + program * columns + offset_D, sum_D, mask=inside_D)
+
+
+@triton.jit
+def _backward_short_kernel(
+    grad_ptr,
+    grad_summed_ptr,
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    x_stride,
+    rows,
+    columns,
+    ADD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The same for short rows, several at a time."""
+    row_T, offset_D = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    inside_D = offset_D < columns
+    x_TD = row_T[:, None] * x_stride + offset_D[None, :]
+    y_TD = row_T[:, None] * columns + offset_D[None, :]
+    sum_TD = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     for start in range(tl.program_id(0) * BLOCK_T, rows, tl.num_programs(0) * BLOCK_T):
         first = tl.cast(start, tl.int64)
         in_T = row_T < rows - start
-        x_here, grad_here, grad_x_here = (
-            x_ptr + first * x_stride,
-            grad_ptr + first * columns,
-            grad_x_ptr + first * columns,
-        )
-        summed_here = grad_summed_ptr + first * columns
-        a_x_TD, a_grad_TD = _load(x_here, x_T, in_T, columns, 0, A), _load(grad_here, y_T, in_T, columns, 0, A)
-        if B:
-            b_x_TD, b_grad_TD = _load(x_here, x_T, in_T, columns, A, B), _load(grad_here, y_T, in_T, columns, A, B)
-        if C:
-            c_x_TD = _load(x_here, x_T, in_T, columns, A + B, C)
-            c_grad_TD = _load(grad_here, y_T, in_T, columns, A + B, C)
+        inside_TD = in_T[:, None] & inside_D[None, :]
+        wide_TD = tl.load(x_ptr + first * x_stride + x_TD, mask=inside_TD, other=0.0).to(tl.float32)
+        grad_TD = tl.load(grad_ptr + first * columns + y_TD, mask=inside_TD, other=0.0).to(tl.float32)
         scale_T = tl.load(scale_ptr + first + row_T, mask=in_T, other=0.0)
-        sum_T = _product_sum(a_x_TD, a_grad_TD, weight_ptr, columns, 0, A)
-        if B:
-            sum_T += _product_sum(b_x_TD, b_grad_TD, weight_ptr, columns, A, B)
-        if C:
-            sum_T += _product_sum(c_x_TD, c_grad_TD, weight_ptr, columns, A + B, C)
-        pull_T = sum_T / columns * scale_T * scale_T
-        a_sum_TD = _backward_part(
-            a_x_TD, a_grad_TD, a_sum_TD, scale_T, pull_T, weight_ptr, summed_here, grad_x_here, y_T, in_T, columns,
-            ADD, 0, A,
-        )  # fmt: skip
-        if B:
-            b_sum_TD = _backward_part(
-                b_x_TD, b_grad_TD, b_sum_TD, scale_T, pull_T, weight_ptr, summed_here, grad_x_here, y_T, in_T, columns,
-                ADD, A, B,
-            )  # fmt: skip
-        if C:
-            c_sum_TD = _backward_part(
-                c_x_TD, c_grad_TD, c_sum_TD, scale_T, pull_T, weight_ptr, summed_here, grad_x_here, y_T, in_T, columns,
-                ADD, A + B, C,
-            )  # fmt: skip
-    _store_partial(partial_ptr, a_sum_TD, columns, 0, A)
-    if B:
-        _store_partial(partial_ptr, b_sum_TD, columns, A, B)
-    if C:
-        _store_partial(partial_ptr, c_sum_TD, columns, A + B, C)
+        weight_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0).to(tl.float32)
+        pull_T = tl.sum(grad_TD * weight_D[None, :] * wide_TD, axis=1) / columns * scale_T * scale_T
+        again_D = tl.load(weight_ptr + offset_D, mask=inside_D, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        grad_x_TD = (grad_TD * again_D[None, :] - wide_TD * pull_T[:, None]) * scale_T[:, None]
+        if ADD:
+            grad_x_TD += tl.load(grad_summed_ptr + first * columns + y_TD, mask=inside_TD, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + first * columns + y_TD, grad_x_TD.to(grad_x_ptr.dtype.element_ty), mask=inside_TD)
+        sum_TD += grad_TD * (wide_TD * scale_T[:, None])
+    tl.store(partial_ptr + tl.program_id(0) * columns + offset_D, tl.sum(sum_TD, axis=0), mask=inside_D)
 
 
 @triton.jit
@@ -235,22 +165,6 @@ def _rows(x: Tensor) -> Tensor:
     return x_TD if x_TD.stride(-1) == 1 else x_TD.contiguous()
 
 
-def _parts(columns: int) -> tuple[int, int, int]:
-    """Up to three powers of two that cover the columns: 7168 = 4096 + 2048 + 1024, where one would be 8192."""
-    first = 1 << (columns.bit_length() - 1)
-    left = columns - first
-    second = 1 << (left.bit_length() - 1) if left else 0
-    left -= second
-    return first, second, triton.next_power_of_2(left) if left else 0
-
-
-def _tile(columns: int) -> tuple[int, tuple[int, int, int], int]:
-    """Rows of a tile, the parts of its columns, and its warps."""
-    parts = _parts(columns)
-    rows = max(1, TILE // triton.next_power_of_2(columns))
-    return rows, parts, min(16, max(1, rows * parts[0] // 512))
-
-
 def _launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,7 +176,9 @@ def _launch_forward(
     summed = torch.empty(x.shape if residual is not None else 0, dtype=dtype, device=x.device)
     scale_T = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        block_rows, parts, warps = _tile(columns)
+        block = triton.next_power_of_2(columns)
+        # Two rows of 7168 are 16 K values, which keep a processor's loads in flight; shorter rows share it with others.
+        block_rows = max(1, (WIDE_TILE if block >= WIDE_ROW else TILE) // block)
         _forward_kernel[(triton.cdiv(rows, block_rows),)](
             x_TD,
             residual_TD,
@@ -275,10 +191,10 @@ def _launch_forward(
             rows,
             columns,
             eps,
-            residual is not None,
-            block_rows,
-            *parts,
-            num_warps=warps,
+            ADD=residual is not None,
+            BLOCK_T=block_rows,
+            BLOCK_D=block,
+            num_warps=min(16, max(1, block_rows * block // 512)),
         )
     return normed, summed, scale_T
 
@@ -292,15 +208,20 @@ def _launch_backward(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not rows:
         return grad_x, torch.zeros_like(weight)
-    block_rows, parts, warps = _tile(columns)
-    if x.is_cuda:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        most = BACKWARD_PROGRAMS_PER_PROCESSOR * processors
+    add, block = grad_summed is not None, triton.next_power_of_2(columns)
+    if block < SHORT_ROW:
+        block_rows, warps, per_processor = max(2, 1024 // block), 2, 12
+        registers = {"maxnreg": 80} if x.is_cuda else {}  # so that all twelve fit
     else:
-        most = BACKWARD_PROGRAMS_ON_CPU
+        # The third load of an addition pays for more threads with fewer values each. Measured at 2048 and 7168.
+        block_rows, warps = 1, min(32, block // (256 if add else 512))
+        per_processor, registers = max(1, (32 if add else 20) // warps), {}
+    most = PROGRAMS_ON_CPU
+    if x.is_cuda:
+        most = per_processor * torch.cuda.get_device_properties(x.device).multi_processor_count
     programs = min(triton.cdiv(rows, block_rows), most)
     partial_GD = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
-    _backward_kernel[(programs,)](
+    arguments = (
         grad_TD,
         grad_TD if grad_summed is None else grad_summed.contiguous(),
         x_TD,
@@ -311,11 +232,12 @@ def _launch_backward(
         x_TD.stride(0),
         rows,
         columns,
-        grad_summed is not None,
-        block_rows,
-        *parts,
-        num_warps=warps,
+        add,
     )
+    if block < SHORT_ROW:
+        _backward_short_kernel[(programs,)](*arguments, block_rows, block, num_warps=warps, **registers)
+    else:
+        _backward_kernel[(programs,)](*arguments, block, num_warps=warps)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     _total_kernel[(triton.cdiv(columns, TOTAL_COLUMNS),)](
         partial_GD, grad_weight, programs, columns, BLOCK_G=TOTAL_ROWS, BLOCK_D=TOTAL_COLUMNS, num_warps=4
