@@ -58,8 +58,9 @@ def test_logits_that_are_no_numbers_still_choose_experts_that_exist(backend: str
     assert choice.counts_E.sum() == 300 * 8
 
 
-def test_a_cuda_graph_replays_the_router() -> None:
-    logits_TE, bias_E = torch.randn(64, 256, device="cuda"), torch.zeros(256, device="cuda")
+@pytest.mark.parametrize("tokens", [64, 300])
+def test_a_cuda_graph_replays_the_router(tokens: int) -> None:
+    logits_TE, bias_E = torch.randn(tokens, 256, device="cuda"), torch.zeros(256, device="cuda")
 
     def run() -> tuple[torch.Tensor, ...]:
         return tuple(route(logits_TE, bias_E, 8, groups=8, top_groups=4))
@@ -72,3 +73,9 @@ def test_a_cuda_graph_replays_the_router() -> None:
     graph.replay()
     graph.replay()  # counts start from zero each time
     assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+
+
+def test_counts_start_from_zero_in_every_call() -> None:
+    logits_TE = torch.randn(300, 256, device="cuda")
+    counts = [route(logits_TE, None, 8).counts_E for _ in range(150)]
+    assert all(int(count_E.sum()) == 300 * 8 for count_E in counts)

@@ -38,13 +38,12 @@ class Operation:
         implementation = self._implementation
 
         class Function(torch.autograd.Function):
+            # One method for both: torch looks up a signature in each call where setting up is apart from the forward.
             @staticmethod
-            def forward(*arguments: Any) -> Any:
-                return implementation(*arguments)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                keep(ctx, inputs, output)
+            def forward(ctx: Any, *arguments: Any) -> Any:
+                output = implementation(*arguments)
+                keep(ctx, arguments, output)
+                return output
 
             @staticmethod
             @once_differentiable

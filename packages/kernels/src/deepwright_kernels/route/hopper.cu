@@ -71,6 +71,11 @@ __device__ __forceinline__ int running_sum(int x) {
     return x;
 }
 
+// count += a > b, in two instructions.
+__device__ __forceinline__ void add_if_greater(int& count, float a, float b) {
+    asm("{ .reg .pred more; setp.gt.f32 more, %1, %2; @more add.s32 %0, %0, 1; }" : "+r"(count) : "f"(a), "f"(b));
+}
+
 // 16 or 8 bytes at a time where the lane's values allow it.
 #if VALUES % 4 == 0
 #define PIECE 4
@@ -195,6 +200,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS) route(
     __shared__ unsigned int counted[EXPERTS];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = lane * VALUES;
     Row& shared = row_of_warp[warp];
+    asm volatile("" : "+r"(lane), "+r"(first));  // kept in registers: the compiler would compute them again at each use
     for (int expert = threadIdx.x; expert < EXPERTS; expert += THREADS) counted[expert] = 0;
     __syncthreads();
 
@@ -271,7 +277,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS) route(
             float own = shared.candidates[lane];
             place = 0;
 #pragma unroll 4
-            for (int other = 0; other < found; other++) place += shared.candidates[other] > own;
+            for (int other = 0; other < found; other++) add_if_greater(place, shared.candidates[other], own);
             unsigned int places = __reduce_or_sync(EVERYONE, lane < found ? 1u << place : 0);
             if (places != EVERYONE >> (32 - found)) {  // equal candidates share a place: the earlier expert goes first
                 for (int other = 0; other < min(lane, found); other++) place += shared.candidates[other] == own;

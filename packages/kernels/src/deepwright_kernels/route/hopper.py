@@ -20,6 +20,9 @@ SOURCE = Path(__file__).with_name("hopper.cu")
 THREADS, LONG_ROW = 1024, 256
 # So many blocks form a cluster that routes a token in each warp, and clears and sums the counts itself.
 FEW_BLOCKS = 8
+CLEARED_AT_ONCE = 64
+
+_ready: dict[tuple[torch.device, int, int, bool], list[Tensor]] = {}
 
 
 def _from_16_bytes(tensor: Tensor) -> Tensor:
@@ -59,6 +62,17 @@ def _kernel(
     return kernel(SOURCE, "route", defines, 0, device), blocks, threads
 
 
+def _cleared(experts: int, device: torch.device) -> Tensor:
+    """Zeros to count in. One launch clears those of many calls; each is given out once, on the stream that made it."""
+    if torch.cuda.is_current_stream_capturing():  # a graph clears its own each time it is replayed
+        return torch.zeros(experts, dtype=torch.int64, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    ready = _ready.setdefault((device, stream, experts, torch.is_inference_mode_enabled()), [])
+    if not ready:
+        ready.extend(torch.zeros(CLEARED_AT_ONCE, experts, dtype=torch.int64, device=device))
+    return ready.pop()
+
+
 def _threads(experts: int) -> int:
     return THREADS if experts <= LONG_ROW else THREADS // 2
 
@@ -81,7 +95,7 @@ def _launch(
     weights_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
     scores_TE = torch.empty_like(logits_TE)
     few = tokens <= FEW_BLOCKS * _threads(experts) // 32
-    counts_E = (torch.empty if few else torch.zeros)(experts, dtype=torch.int64, device=device)
+    counts_E = torch.empty(experts, dtype=torch.int64, device=device) if few else _cleared(experts, device)
     function, blocks, threads = _kernel(
         device, experts, few, bias_E is not None, top_k, sigmoid, groups, top_groups, group_best, normalise
     )

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..operation import Operation
 
-FEW_COPIES = 8192
+FEW_COPIES = 2048
 BLOCK_COPIES = 128
-SCAN_ROWS, SCAN_COLUMNS, SCAN_WARPS = 1024, 8, 16
+SCAN_ROWS, SCAN_COLUMNS, SCAN_WARPS = 1024, 4, 8
 
 
 @triton.jit
