@@ -1,13 +1,13 @@
 """Absorbed decode over a paged latent cache on Hopper: host side of `hopper.cu`, which has the idea of the kernel.
 
-A block works on 64 (query, head) rows of one sequence. Where that gives fewer blocks than the GPU has processors, the
-keys of each sequence are cut into equal shares, as many as the shapes allow for: the lengths stay on the device. Each
-share leaves its output in float32 and the logarithm of its sum, and a second kernel combines them.
+As many blocks run as the GPU has processors. They form groups, a block of a group for each tile of 64 (query, head)
+rows, and each group takes an equal share of all sequences' keys: the lengths are read on the device. What belongs to a
+sequence that several groups share is left in float32 with the logarithm of its sum, and a second kernel combines it.
 
 Leaves out: caches in FP8 or other floats, widths other than 512 + 64, pages of other than 64 tokens.
 
 Shapes: B sequences, Q new tokens of each, H heads, C latent, R rope key, N cache slots, P blocks of the longest
-sequence, S shares.
+sequence, G groups, X = Q * H rows of a sequence.
 """
 
 from __future__ import annotations
@@ -21,30 +21,13 @@ from torch import Tensor
 from ..cuda_source import Kernel, TensorMap, kernel
 
 SOURCE = Path(__file__).with_name("hopper.cu")
-LATENT, ROPE, PAGE = 512, 64, 64
-ROWS, CHUNK, THREADS = 64, 64, 384
+# A block's rows and keys of a page, the values of a swizzled row, and threads: three warpgroups.
+ROWS, PAGE, CHUNK, THREADS = 64, 64, 64, 384
 # Queries and two pages, each 64 x 576 values, and the barriers and row statistics behind them.
-SHARED_BYTES = 3 * ROWS * (LATENT + ROPE) * 2 + 2048
+SHARED_BYTES = 3 * ROWS * 576 * 2 + 2048
+COMBINE_BLOCKS_PER_PROCESSOR = 6  # as many as fit at once
 LOG2_E = 1.4426950408889634
-# What a block costs beyond its pages (it starts, loads its queries, fills its pipeline, writes), counted in pages.
-OVERHEAD = 4
-# And what the second kernel adds to a call.
-COMBINE = 3
 _C_TYPES = {torch.int32: "int", torch.int64: "long long"}
-
-
-@cache
-def shares(items: int, pages: int, processors: int) -> int:
-    """Into how many shares to cut the keys of each of `items` (sequence, row tile) pairs of up to `pages` pages.
-
-    The fewest rounds of blocks times the length of a block; one share needs no second kernel.
-    """
-
-    def cost(count: int) -> int:
-        rounds = -(-items * count // processors)
-        return rounds * (-(-pages // count) + OVERHEAD) + (COMBINE if count > 1 else 0)
-
-    return min(range(1, max(1, min(pages, 2 * processors // max(1, items))) + 1), key=cost)
 
 
 @cache
@@ -53,7 +36,7 @@ def _processors(device: torch.device) -> int:
 
 
 def _kernels(blocks: Tensor, positions: Tensor, lengths: Tensor) -> tuple[Kernel, Kernel]:
-    defines = {
+    defines: dict[str, int | str] = {
         "BLOCKS_T": _C_TYPES[blocks.dtype],
         "POSITIONS_T": _C_TYPES[positions.dtype],
         "LENGTHS_T": _C_TYPES[lengths.dtype],
@@ -81,7 +64,7 @@ def _decode(
     scale: float,
 ) -> Tensor:
     batch, queries, heads, latent = q_latent_BQHC.shape
-    rows, pages, device = queries * heads, blocks_BP.shape[1], q_latent_BQHC.device
+    rows, device = queries * heads, q_latent_BQHC.device
     out_BQHC = torch.empty(q_latent_BQHC.shape, dtype=q_latent_BQHC.dtype, device=device)
     if out_BQHC.numel() == 0:
         return out_BQHC
@@ -89,12 +72,14 @@ def _decode(
     blocks_BP, positions_BQ, lengths_B = blocks_BP.contiguous(), positions_BQ.contiguous(), lengths_B.contiguous()
 
     tiles = -(-rows // ROWS)
-    count = shares(batch * tiles, pages, _processors(device))
-    part_SXC = torch.empty((count, batch * rows, latent) if count > 1 else (0,), dtype=torch.float32, device=device)
-    weight_SX = torch.empty((count, batch * rows) if count > 1 else (0,), dtype=torch.float32, device=device)
+    groups = max(1, _processors(device) // tiles)
+    # A group shares its first and its last sequence with others.
+    part_GXC = torch.empty((2 * groups, rows, latent), dtype=torch.float32, device=device)
+    weight_GX = torch.empty((2 * groups, rows), dtype=torch.float32, device=device)
+    plan_B2 = torch.empty((batch, 2), dtype=torch.int32, device=device)
     decode, combine = _kernels(blocks_BP, positions_BQ, lengths_B)
     decode.launch(
-        (tiles * count * batch, 1, 1),
+        (tiles * groups, 1, 1),
         (THREADS, 1, 1),
         TensorMap(cache_NW, (PAGE, CHUNK)),
         q_latent_BQHC,
@@ -103,19 +88,20 @@ def _decode(
         positions_BQ,
         lengths_B,
         out_BQHC,
-        part_SXC,
-        weight_SX,
+        part_GXC,
+        weight_GX,
+        plan_B2,
         batch,
         queries,
         heads,
-        pages,
-        count,
+        blocks_BP.shape[1],
+        groups,
         *q_latent_BQHC.stride()[:3],
         *q_rope_BQHR.stride()[:3],
         scale * LOG2_E,  # the kernel works in powers of two
     )
-    if count > 1:
-        combine.launch((batch * rows, 1, 1), (latent // 4, 1, 1), part_SXC, weight_SX, out_BQHC, batch * rows, count)
+    slices = max(1, min(rows, COMBINE_BLOCKS_PER_PROCESSOR * _processors(device) // batch))
+    combine.launch((batch, slices, 1), (latent // 2, 1, 1), part_GXC, weight_GX, plan_B2, out_BQHC, rows, early=True)
     return out_BQHC
 
 
