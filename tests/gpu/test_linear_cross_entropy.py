@@ -109,7 +109,8 @@ def test_a_weighted_sum_takes_an_eighth_of_the_logits_too() -> None:
     have = torch.autograd.grad(loss, leaves)
     torch.cuda.synchronize()
     gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-    assert (torch.cuda.max_memory_allocated() - before - gradients) * 8 <= tokens * vocabulary * 2
+    taken = torch.cuda.max_memory_allocated() - before - gradients
+    assert taken * 8 <= 1.001 * tokens * vocabulary * 2  # the buffer alone is an eighth
     losses_T, _ = dispatch.load("linear_cross_entropy", "torch")(hidden_TD, weight_VD, targets_T)
     want = torch.autograd.grad(losses_T, leaves, token_weights_T)
     torch.testing.assert_close(loss, losses_T @ token_weights_T, rtol=1e-4, atol=1e-3)

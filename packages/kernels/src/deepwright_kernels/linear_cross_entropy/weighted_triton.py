@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .triton import forward, gradient_rows, pieces, product, reduce_rows, room, view_of
 
-# The buffer that holds the logits of a block of tokens.
-BUFFER_BYTES = 15 * 2**25
+# The buffer that holds the logits of a block of tokens. With DeepSeek's vocabulary that is 2048 tokens in bfloat16: the
+# product for the gradient of 2048 hidden states of width 2048 has 128 tiles, which nearly fill the 132 SMs of an H200.
+BUFFER_BYTES = 2**29
 TOKENS_MULTIPLE = 128
 
 
@@ -51,19 +52,21 @@ def _with_gradients(
     weight_VD = weight_VD.to(hidden_TD.dtype)
     block = _block(tokens, vocabulary, hidden_TD.itemsize)
     buffer = room(hidden_TD, block, vocabulary)
-    loss_T, partition_T, chosen_T, entropy_T = (hidden_TD.new_empty(tokens, dtype=torch.float32) for _ in range(4))
+    scratch = [hidden_TD.new_empty(block, dtype=torch.float32) for _ in range(4)]
+    loss = hidden_TD.new_zeros((), dtype=torch.float32)
     for rows in pieces(tokens, block):
-        hidden_KD, targets_K, partition_K = hidden_TD[rows], targets_T[rows], partition_T[rows]
+        hidden_KD, targets_K, weights_K = hidden_TD[rows], targets_T[rows], token_weights_T[rows]
+        partition_K, chosen_K, loss_K, entropy_K = (vector[: len(hidden_KD)] for vector in scratch)
         logits_KV = view_of(buffer, len(hidden_KD), vocabulary)
         torch.mm(hidden_KD, weight_VD.T, out=logits_KV)
-        known = (partition_K, chosen_T[rows], loss_T[rows], entropy_T[rows])
-        reduce_rows(logits_KV, targets_K, *known, 0, ignore_index, temperature)
-        gradient_rows(logits_KV, targets_K, partition_K, token_weights_T[rows], 0, ignore_index, temperature)
+        reduce_rows(logits_KV, targets_K, partition_K, chosen_K, loss_K, entropy_K, 0, ignore_index, temperature)
+        loss += loss_K @ weights_K.to(torch.float32)
+        gradient_rows(logits_KV, targets_K, partition_K, weights_K, 0, ignore_index, temperature)
         if needs_hidden:
             torch.mm(logits_KV, weight_VD, out=grad_hidden_TD[rows])
         if needs_weight:
             product(grad_weight_VD, logits_KV.T, hidden_KD, accumulate=rows.start > 0)
-    return loss_T @ token_weights_T.to(torch.float32), grad_hidden_TD, grad_weight_VD
+    return loss, grad_hidden_TD, grad_weight_VD
 
 
 @_with_gradients.register_fake
