@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepwright_kernels import configure, dispatch, mla_paged_decode
+from deepwright_kernels import backend_for, configure, dispatch, mla_paged_decode
 from deepwright_kernels.mla_paged_decode.reference import pack_fp8_latents
 
 pytestmark = [
@@ -44,29 +44,44 @@ def relative_error(have: torch.Tensor, want: torch.Tensor) -> float:
     return ((have.float() - want.float()).norm() / want.float().norm()).item()
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize(
-    ("lengths", "heads", "queries"),
-    [
-        ([1000] * 4, 16, 1),
-        ([4096], 128, 1),
-        ([333, 64], 128, 2),
-        ([1], 16, 1),
-        ([5000, 0, 1, 63, 64, 65, 2000], 16, 4),
-        ([700] * 140, 32, 1),
-        (list(range(1, 3000, 10)), 5, 1),
-        ([100, 900], 64, 3),
-    ],
-    ids=str,
-)
-def test_at_deepseeks_sizes(lengths: list[int], heads: int, queries: int, fp8: bool, backend: str) -> None:
-    arguments = problem(lengths, heads, queries, fp8)
+def check(arguments: dict[str, Any], backend: str) -> None:
+    """Near the reference, and the same bits again."""
     with configure({"mla_paged_decode": backend}):
         have, again = mla_paged_decode(**arguments), mla_paged_decode(**arguments)
     assert torch.isfinite(have).all()
     assert torch.equal(have, again)
     assert relative_error(have, dispatch.load("mla_paged_decode", "reference")(*arguments.values())) < 5e-3
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "queries"),
+    [
+        ([1000] * 4, 16, 1),
+        ([333, 64], 128, 2),
+        ([5000, 0, 1, 63, 64, 65, 2000], 16, 4),
+        ([700] * 140, 32, 1),
+        (list(range(1, 3000, 10)), 5, 1),
+    ],
+    ids=["few", "128 heads", "4 queries", "many", "all lengths"],
+)
+def test_at_deepseeks_sizes(lengths: list[int], heads: int, queries: int, backend: str) -> None:
+    check(problem(lengths, heads, queries), backend)
+
+
+@pytest.mark.parametrize(("lengths", "heads"), [([1000] * 4, 16), ([333, 0, 4100], 128)], ids=["16 heads", "128 heads"])
+def test_fp8_latents_at_deepseeks_sizes(lengths: list[int], heads: int) -> None:
+    check(problem(lengths, heads, fp8=True), "auto")
+
+
+def test_auto_goes_by_the_work() -> None:
+    """Few rows over many tokens only read; there equal shares of the sequences win over faster products."""
+    choice = {
+        (len(lengths), heads): backend_for("mla_paged_decode", *problem(lengths, heads).values())
+        for lengths, heads in (([64] * 4, 16), ([2048] * 64, 16), ([2048] * 64, 128))
+    }
+    hopper = "cuda" if torch.cuda.get_device_capability() == (9, 0) else "triton"
+    assert choice == {(4, 16): hopper, (64, 16): "triton", (64, 128): hopper}
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

@@ -74,6 +74,8 @@ def test_mla_paged_decode(
 ) -> None:
     arguments = problem(lengths, queries, heads, latent, rope, block, dtype)
     out = assert_equals_reference(arguments)
+    if dtype != torch.bfloat16:
+        return
     # int32 tables are as good as int64 ones
     narrow = {
         name: value.int() if isinstance(value, Tensor) and value.dtype == torch.int64 else value

@@ -44,7 +44,8 @@ def _score(q_XC, q_XR, latent_KC, rope_KR, scale_log2, PRECISION: tl.constexpr):
     return score_XK + tl.dot(q_XC, tl.trans(latent_KC), input_precision=PRECISION) * scale_log2
 
 
-@triton.jit
+# Sizes that only the start of a program uses: a kernel for each kind of number would be compiled for nothing.
+@triton.jit(do_not_specialize=["batch", "blocks_stride", "capacity", "groups", "row_tiles"])
 def _part_kernel(
     q_latent_ptr,
     q_rope_ptr,
@@ -256,7 +257,7 @@ def _part_kernel(
         sequence += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "rows", "capacity", "part_rows"])
 def _combine_kernel(
     part_ptr,
     lse_ptr,
@@ -264,17 +265,17 @@ def _combine_kernel(
     lengths_ptr,
     out_ptr,
     batch,
+    rows,
     capacity,
     part_rows,
-    ROWS: tl.constexpr,
     LATENT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Joins the partial outputs of one row of a sequence that was cut. An empty sequence gives zeros."""
-    sequence = tl.program_id(0) // ROWS
-    row = tl.program_id(0) % ROWS
+    sequence = tl.program_id(0) // rows
+    row = tl.program_id(0) % rows
     column_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_C = column_C < LATENT
     tiles = _tiles(lengths_ptr, sequence, capacity, sequence < batch, BLOCK_K)
@@ -384,7 +385,7 @@ def _decode(
         ROPE=rope,
         CACHE_STRIDE=cache_NW.stride(0),
         BLOCK_SIZE=block_size,
-        BLOCK_B=triton.next_power_of_2(batch),
+        BLOCK_B=max(128, triton.next_power_of_2(batch)),
         BLOCK_C=max(16, triton.next_power_of_2(latent)),
         BLOCK_R=max(16, triton.next_power_of_2(rope)),
         FP8=fp8,
@@ -403,9 +404,9 @@ def _decode(
         lengths_B,
         out_BQHC,
         batch,
+        rows,
         capacity,
         part_rows,
-        ROWS=rows,
         LATENT=latent,
         BLOCK_K=tile["BLOCK_K"],
         BLOCK_M=pieces,
