@@ -63,6 +63,7 @@ class BackendWarning(UserWarning):
 _operators: dict[str, Operator] = {}
 _choices: dict[str, Choice] = {}
 _functions: dict[str, dict[str, Callable[..., Any]]] = {backend: {} for backend in BUILT_IN}
+_imported: dict[str, int] = {}  # backend -> how many operators there were when it was imported
 _warned: set[tuple[str, str, str]] = set()
 
 
@@ -209,12 +210,15 @@ def load(name: str, backend: str) -> Callable[..., Any]:
 @torch.compiler.assume_constant_result  # torch.compile must not trace imports
 def _import_backend(backend: str) -> bool:
     """Import this backend of every operator, at once: a graph that is being traced sees the table complete."""
+    if _imported.get(backend) == len(_operators):
+        return True
     functions = _functions.setdefault(backend, {})
     for name, declared in _operators.items():
         where = declared.backends.get(backend)
         if isinstance(where, str) and name not in functions:
             module, function = where.split(":")
             functions[name] = getattr(import_module(module), function)
+    _imported[backend] = len(_operators)
     return True
 
 

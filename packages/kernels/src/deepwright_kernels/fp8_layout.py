@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import require, require_device, require_dtype, require_shape, shape_of
+from .arguments import require_device, require_dtype, require_shape, shape_of
 
 BLOCK = 128
 ROW_BYTES = 16  # the copy engine's unit; an e4m3 value is one byte
@@ -39,13 +39,15 @@ def rounded_up(size: int, multiple: int) -> int:
 def empty_row_scales(rows: int, columns: int, device: torch.device) -> Tensor:
     """Room for the row scales of a matrix [rows, columns]: [rows, ⌈columns/128⌉], token by token."""
     across = max(rounded_up(rows, SCALES_MULTIPLE), SCALES_MULTIPLE)
-    return torch.empty(blocks(columns), across, dtype=torch.float32, device=device).t()[:rows]
+    scale = torch.empty(blocks(columns), across, dtype=torch.float32, device=device).t()
+    return scale if across == rows else scale[:rows]
 
 
 def empty_values(rows: int, columns: int, device: torch.device) -> Tensor:
     """Room for e4m3 values [rows, columns] whose rows begin at multiples of 16 bytes."""
     length = max(rounded_up(columns, ROW_BYTES), ROW_BYTES)
-    return torch.empty(rows, length, dtype=torch.float8_e4m3fn, device=device)[:, :columns]
+    values = torch.empty(rows, length, dtype=torch.float8_e4m3fn, device=device)
+    return values if length == columns else values[:, :columns]
 
 
 def empty_rows(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -61,14 +63,12 @@ def require_values(operator: str, argument: str, values: Tensor, expected: tuple
         aligned = values.stride(-1) == 1 and all(stride % ROW_BYTES == 0 for stride in values.stride()[:-1])
         if not torch.compiler.is_compiling():  # torch.compile cannot trace where a tensor begins
             aligned = aligned and values.storage_offset() % ROW_BYTES == 0
-        require(
-            aligned,
-            operator,
-            argument,
-            f"of the shape {shape_of(values)} has the strides {list(values.stride())}; expected values side by side in "
-            f"rows that begin at multiples of {ROW_BYTES} bytes, so sizes that are multiples of {ROW_BYTES} or rows "
-            "that are padded, as the quantising operators give them",
-        )
+        if not aligned:
+            raise ValueError(
+                f"{operator}: {argument} of the shape {shape_of(values)} has the strides {list(values.stride())}; "
+                f"expected values side by side in rows that begin at multiples of {ROW_BYTES} bytes, so sizes that are "
+                f"multiples of {ROW_BYTES} or rows that are padded, as the quantising operators give them."
+            )
 
 
 def require_row_scales(operator: str, argument: str, scale: Tensor, values: Tensor) -> None:
@@ -81,13 +81,12 @@ def require_row_scales(operator: str, argument: str, scale: Tensor, values: Tens
         right = (rows == 1 or scale.stride(0) == 1) and (
             scale.shape[1] == 1 or (scale.stride(1) >= rows and scale.stride(1) % SCALES_MULTIPLE == 0)
         )
-        require(
-            right,
-            operator,
-            argument,
-            f"has the strides {list(scale.stride())}; expected row scales that lie token by token, the strides 1 and "
-            f"{max(rounded_up(rows, SCALES_MULTIPLE), SCALES_MULTIPLE)}, as the quantising operators give them",
-        )
+        if not right:
+            raise ValueError(
+                f"{operator}: {argument} has the strides {list(scale.stride())}; expected row scales that lie token by "
+                f"token, the strides 1 and {max(rounded_up(rows, SCALES_MULTIPLE), SCALES_MULTIPLE)}, as the "
+                "quantising operators give them."
+            )
 
 
 def require_block_scales(operator: str, argument: str, scale: Tensor, values: Tensor) -> None:
@@ -96,7 +95,8 @@ def require_block_scales(operator: str, argument: str, scale: Tensor, values: Te
     require_shape(operator, argument, scale, expected, "[..., ⌈N/128⌉, ⌈K/128⌉]")
     require_dtype(operator, argument, scale, (torch.float32,))
     require_device(operator, argument, scale, values.device)
-    require(scale.is_contiguous(), operator, argument, f"has the strides {list(scale.stride())}; expected contiguous")
+    if not scale.is_contiguous():
+        raise ValueError(f"{operator}: {argument} has the strides {list(scale.stride())}; expected contiguous scales.")
 
 
 def require_ends(operator: str, ends_E: Tensor, groups: int | None, device: torch.device) -> None:
@@ -104,7 +104,8 @@ def require_ends(operator: str, ends_E: Tensor, groups: int | None, device: torc
     require_shape(operator, "ends_E", ends_E, (groups,), "[E]")
     require_dtype(operator, "ends_E", ends_E, (torch.int32,))
     require_device(operator, "ends_E", ends_E, device)
-    require(ends_E.is_contiguous(), operator, "ends_E", f"has the strides {list(ends_E.stride())}; expected contiguous")
+    if not ends_E.is_contiguous():
+        raise ValueError(f"{operator}: ends_E has the strides {list(ends_E.stride())}; expected contiguous ends.")
 
 
 def ragged_output(columns: int, dtype: torch.dtype) -> str | None:
