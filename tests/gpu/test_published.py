@@ -91,7 +91,7 @@ def test_logits_in_float32(both: tuple[Any, Transformer]) -> None:
 @torch.no_grad()
 def test_greedy_tokens_through_the_latent_cache(both: tuple[Any, Transformer]) -> None:
     theirs, ours = both
-    assert backend_for("mla_paged_decode", torch.zeros(1, device="cuda")) == "triton"
+    assert backend_for("mla_paged_decode", torch.zeros(1, device="cuda")) in {"cuda", "triton"}
     draw = torch.Generator().manual_seed(2)
     prompts = [torch.randint(VOCABULARY - 1, (length,), generator=draw).tolist() for length in (3, 64, 130, 301)]
     params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
