@@ -11,9 +11,9 @@
 // are then multiplied by their scales and added to the sums. While one warpgroup adds, the tensor cores work for the
 // other. The tensor cores keep fewer bits than float32 in their own sums: that is why the sums are not left there.
 //
-// Defines: SCHEDULE; BLOCK_N = WAVES * WAVE_N columns of a tile, WAVE_STEPS = WAVE_N / 8; STAGES; ROW_SCALES_B (1: a
-// scale for each row of B and 128 columns, [V, N] as the copy engine sees it; 0: for 128 x 128); FLOAT_OUT (1: float32,
-// 0: bfloat16); RASTER (rows of tiles that are walked together, for the L2).
+// Defines: SCHEDULE; WAVES (a tile has WAVES times 128 columns, which a warpgroup takes one after the other); STAGES;
+// ROW_SCALES_B (1: a scale for each row of B and 128 columns, [V, N] as the copy engine sees it; 0: for 128 x 128);
+// FLOAT_OUT (1: float32, 0: bfloat16); RASTER (rows of tiles that are walked together, for the L2).
 //
 // Leaves out: K in groups that are no multiples of 128, and C whose rows are no multiples of 16 bytes.
 
@@ -28,6 +28,7 @@ struct alignas(64) TensorMap {
 #define BLOCK_K 128
 #define MATHS_WARPS 8
 #define THREADS 384
+#define WAVE_N 128
 #define BLOCK_N (WAVES * WAVE_N)
 
 #define A_BYTES (BLOCK_M * BLOCK_K)
@@ -45,51 +46,24 @@ struct alignas(64) TensorMap {
 // With more sums there are no registers left to read the scales of B's rows ahead.
 #define SCALES_LATE (ROW_SCALES_B && WAVES > 1)
 
-#define TEXT(x) #x
-#define TEXT_OF(x) TEXT(x)
-#define JOIN(a, b) a##b
-#define JOIN_OF(a, b) JOIN(a, b)
-
-// The operands of a wgmma: two descriptors (%0, %1), then WAVE_N / 2 sums, four for each step.
-#define NAMES_1 "%2, %3, %4, %5"
-#define NAMES_2 NAMES_1 ", %6, %7, %8, %9"
-#define NAMES_3 NAMES_2 ", %10, %11, %12, %13"
-#define NAMES_4 NAMES_3 ", %14, %15, %16, %17"
-#define NAMES_5 NAMES_4 ", %18, %19, %20, %21"
-#define NAMES_6 NAMES_5 ", %22, %23, %24, %25"
-#define NAMES_7 NAMES_6 ", %26, %27, %28, %29"
-#define NAMES_8 NAMES_7 ", %30, %31, %32, %33"
-#define NAMES_9 NAMES_8 ", %34, %35, %36, %37"
-#define NAMES_10 NAMES_9 ", %38, %39, %40, %41"
-#define NAMES_11 NAMES_10 ", %42, %43, %44, %45"
-#define NAMES_12 NAMES_11 ", %46, %47, %48, %49"
-#define NAMES_13 NAMES_12 ", %50, %51, %52, %53"
-#define NAMES_14 NAMES_13 ", %54, %55, %56, %57"
-#define NAMES_15 NAMES_14 ", %58, %59, %60, %61"
-#define NAMES_16 NAMES_15 ", %62, %63, %64, %65"
-#define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SUMS_1(d) FOUR(d, 0)
-#define SUMS_2(d) SUMS_1(d), FOUR(d, 4)
-#define SUMS_3(d) SUMS_2(d), FOUR(d, 8)
-#define SUMS_4(d) SUMS_3(d), FOUR(d, 12)
-#define SUMS_5(d) SUMS_4(d), FOUR(d, 16)
-#define SUMS_6(d) SUMS_5(d), FOUR(d, 20)
-#define SUMS_7(d) SUMS_6(d), FOUR(d, 24)
-#define SUMS_8(d) SUMS_7(d), FOUR(d, 28)
-#define SUMS_9(d) SUMS_8(d), FOUR(d, 32)
-#define SUMS_10(d) SUMS_9(d), FOUR(d, 36)
-#define SUMS_11(d) SUMS_10(d), FOUR(d, 40)
-#define SUMS_12(d) SUMS_11(d), FOUR(d, 44)
-#define SUMS_13(d) SUMS_12(d), FOUR(d, 48)
-#define SUMS_14(d) SUMS_13(d), FOUR(d, 52)
-#define SUMS_15(d) SUMS_14(d), FOUR(d, 56)
-#define SUMS_16(d) SUMS_15(d), FOUR(d, 60)
+// Eight of the 64 sums that a thread holds of a product of 64 x 128.
+#define EIGHT(i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
 
 #define WGMMA(add) \
     asm volatile( \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, " #add ", 0;\nwgmma.mma_async.sync.aligned.m64n" TEXT_OF(WAVE_N) \
-        "k32.f32.e4m3.e4m3 {" JOIN_OF(NAMES_, WAVE_STEPS) "}, %0, %1, p, 1, 1;\n}\n" \
-        : "+l"(a), "+l"(b), JOIN_OF(SUMS_, WAVE_STEPS)(d))
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " #add ", 0;\nwgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" \
+        "%2, %3, %4, %5, %6, %7, %8, %9, " \
+        "%10, %11, %12, %13, %14, %15, %16, %17, " \
+        "%18, %19, %20, %21, %22, %23, %24, %25, " \
+        "%26, %27, %28, %29, %30, %31, %32, %33, " \
+        "%34, %35, %36, %37, %38, %39, %40, %41, " \
+        "%42, %43, %44, %45, %46, %47, %48, %49, " \
+        "%50, %51, %52, %53, %54, %55, %56, %57, " \
+        "%58, %59, %60, %61, %62, %63, %64, %65}, " \
+        "%0, %1, p, 1, 1;\n}\n" \
+        : "+l"(a), "+l"(b), EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56))
 
 // d = a · bᵀ (FIRST) or d += a · bᵀ over 32 columns.
 template <bool FIRST>
@@ -246,9 +220,7 @@ __device__ __forceinline__ void store(
             u32 v[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                v[i] = j + i < WAVE_N / 8
-                           ? bfloat16_pair(sum[4 * (j + i) + 2 * half], sum[4 * (j + i) + 2 * half + 1])
-                           : 0;
+                v[i] = bfloat16_pair(sum[4 * (j + i) + 2 * half], sum[4 * (j + i) + 2 * half + 1]);
             // Transpose the four threads' 4 x 4 pairs: first between neighbours, then two apart.
             const bool odd = quarter & 1, upper = quarter & 2;
             const u32 x0 = __shfl_xor_sync(0xFFFFFFFF, odd ? v[0] : v[1], 1);
@@ -259,7 +231,7 @@ __device__ __forceinline__ void store(
             const u32 y1 = __shfl_xor_sync(0xFFFFFFFF, upper ? p1 : p3, 2);
             const uint4 eight = upper ? make_uint4(y0, y1, p2, p3) : make_uint4(p0, p1, y0, y1);
             const int at = column + 8 * (j + quarter);
-            if (inside && at < columns && j + quarter < WAVE_N / 8) *(uint4*)((unsigned short*)out + start + at) = eight;
+            if (inside && at < columns) *(uint4*)((unsigned short*)out + start + at) = eight;
         }
 #endif
     }
@@ -333,20 +305,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_product(
 #pragma unroll
                 for (int i = 0; i < WAVE_N / 2; ++i) sum[w][i] = 0.f;
 #if !ROW_SCALES_B
-            // Scales of B are read one block ahead. A wave may straddle two blocks of 128 columns: `near` and `far`.
+            // Scales of B are read one block ahead.
             const int scale_rows = (columns + 127) / 128, scale_columns = (k + 127) / 128;
-            const float *near_at[WAVES], *far_at[WAVES];
-            float near_next[WAVES], far_next[WAVES];
-            int straddle[WAVES];  // groups of eight columns before the second block
+            const float* b_scale_at[WAVES];
+            float b_scale_next[WAVES];
 #pragma unroll
             for (int w = 0; w < WAVES; ++w) {
-                const int column = tile.column + w * WAVE_N, u = column / 128;
                 const float* at = b_scale + (u64)(tile.group < groups ? tile.group : 0) * scale_rows * scale_columns;
-                near_at[w] = at + (u64)min(u, scale_rows - 1) * scale_columns;
-                far_at[w] = at + (u64)min(u + 1, scale_rows - 1) * scale_columns;
-                straddle[w] = ((u + 1) * 128 - column) / 8;
-                near_next[w] = __ldg(near_at[w]);
-                far_next[w] = WAVE_N == 128 ? 0.f : __ldg(far_at[w]);
+                b_scale_at[w] = at + (u64)min((tile.column + w * WAVE_N) / 128, scale_rows - 1) * scale_columns;
+                b_scale_next[w] = __ldg(b_scale_at[w]);
             }
 #endif
             for (int block = 0; block < tile.count; ++block) {
@@ -354,14 +321,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_product(
                 const u32 b_at = base + B_AT + stage * B_BYTES;
                 const u32 a_scale_at = base + A_SCALE_AT + stage * A_SCALE_BYTES + row_in_tile * 4;
 #if !ROW_SCALES_B
-                float near[WAVES], far[WAVES];
+                float b_scale_now[WAVES];
 #pragma unroll
                 for (int w = 0; w < WAVES; ++w) {
-                    near[w] = near_next[w], far[w] = far_next[w];
-                    if (block + 1 < tile.count) {
-                        near_next[w] = __ldg(near_at[w] + block + 1);
-                        if (WAVE_N != 128) far_next[w] = __ldg(far_at[w] + block + 1);
-                    }
+                    b_scale_now[w] = b_scale_next[w];
+                    if (block + 1 < tile.count) b_scale_next[w] = __ldg(b_scale_at[w] + block + 1);
                 }
 #endif
                 barrier_wait(full + 8 * stage, parity);
@@ -378,15 +342,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_product(
                     }
                     wgmma_commit();
 #if ROW_SCALES_B
-                    const u32 b_scale_at = base + B_SCALE_AT + stage * B_SCALE_BYTES + (w * WAVE_N + lane % 4 * 2) * 4;
+                    const u32 b_pair_at = base + B_SCALE_AT + stage * B_SCALE_BYTES + (w * WAVE_N + lane % 4 * 2) * 4;
 #if !SCALES_LATE
                     float2 b_pair[WAVE_N / 8];
 #pragma unroll
-                    for (int j = 0; j < WAVE_N / 8; ++j) b_pair[j] = load_shared_pair(b_scale_at + 32 * j);
+                    for (int j = 0; j < WAVE_N / 8; ++j) b_pair[j] = load_shared_pair(b_pair_at + 32 * j);
 #endif
 #else
-                    const float near0 = a_scale[0] * near[w], near1 = a_scale[1] * near[w];
-                    const float far0 = a_scale[0] * far[w], far1 = a_scale[1] * far[w];
+                    const float scale0 = a_scale[0] * b_scale_now[w], scale1 = a_scale[1] * b_scale_now[w];
 #endif
                     wgmma_wait();
                     pin(fresh);
@@ -395,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_product(
                     for (int j = 0; j < WAVE_N / 8; ++j) {
 #if ROW_SCALES_B
 #if SCALES_LATE
-                        const float2 b_two = load_shared_pair(b_scale_at + 32 * j);
+                        const float2 b_two = load_shared_pair(b_pair_at + 32 * j);
 #else
                         const float2 b_two = b_pair[j];
 #endif
@@ -404,8 +367,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_product(
                         sum[w][4 * j + 2] += fresh[4 * j + 2] * (a_scale[1] * b_two.x);
                         sum[w][4 * j + 3] += fresh[4 * j + 3] * (a_scale[1] * b_two.y);
 #else
-                        const bool first = WAVE_N == 128 || j < straddle[w];
-                        const float scale0 = first ? near0 : far0, scale1 = first ? near1 : far1;
                         sum[w][4 * j] += fresh[4 * j] * scale0;
                         sum[w][4 * j + 1] += fresh[4 * j + 1] * scale0;
                         sum[w][4 * j + 2] += fresh[4 * j + 2] * scale1;

@@ -40,8 +40,6 @@ def _product(schedule: int, waves: int, row_scales_b: bool, dtype: torch.dtype, 
     defines = {
         "SCHEDULE": schedule,
         "WAVES": waves,
-        "WAVE_N": BLOCK,
-        "WAVE_STEPS": BLOCK // 8,
         "STAGES": stages,
         "RASTER": RASTER,
         "ROW_SCALES_B": int(row_scales_b),
