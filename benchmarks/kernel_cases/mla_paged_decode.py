@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepwright_kernels import backend_for, dispatch
+from deepwright_kernels import backend_for, configure, dispatch
 from deepwright_kernels.mla_paged_decode.reference import pack_fp8_latents
 
 from .case import BYTES, FLOPS, Case, Settings, applied, implementations, installed
@@ -82,6 +82,15 @@ def flash_mla(arguments: tuple[Any, ...]) -> Callable[[], Tensor] | None:
     return run
 
 
+def can_run(backend: str, arguments: tuple[Any, ...]) -> bool:
+    with configure({"mla_paged_decode": backend}):
+        try:
+            backend_for("mla_paged_decode", *arguments)
+        except ValueError:
+            return False
+    return True
+
+
 def cases(settings: Settings) -> Iterator[Case]:
     latent, rope, block = (512, 64, 64) if settings.gpu else (64, 16, 16)
     functions = implementations("mla_paged_decode", settings)
@@ -104,8 +113,9 @@ def cases(settings: Settings) -> Iterator[Case]:
         )
         runs = applied(functions, *arguments)
         backend = backend_for("mla_paged_decode", *arguments)
-        if backend == "cuda":
-            runs["triton"] = partial(dispatch.load("mla_paged_decode", "triton"), *arguments)
+        for other in {"cuda", "triton"} - {backend}:
+            if can_run(other, arguments):
+                runs[other] = partial(dispatch.load("mla_paged_decode", other), *arguments)
         peer = None if shape.fp8 or not settings.gpu else flash_mla(arguments)
         if peer is not None:
             runs["flash_mla"] = peer
