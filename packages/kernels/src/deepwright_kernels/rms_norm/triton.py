@@ -9,6 +9,8 @@ has to fit into one program.
 Shapes: T rows, D columns, G programs of the backward pass.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -165,6 +167,16 @@ def _rows(x: Tensor) -> Tensor:
     return x_TD if x_TD.stride(-1) == 1 else x_TD.contiguous()
 
 
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _power_of_two(size: int) -> int:
+    """The first not below; triton's own functions for this and for rounding up take a host 2 µs each."""
+    return 1 << (size - 1).bit_length()
+
+
 def _launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,10 +188,10 @@ def _launch_forward(
     summed = torch.empty(x.shape if residual is not None else 0, dtype=dtype, device=x.device)
     scale_T = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        block = triton.next_power_of_2(columns)
+        block = _power_of_two(columns)
         # Two rows of 7168 are 16 K values, which keep a processor's loads in flight; shorter rows share it with others.
         block_rows = max(1, (WIDE_TILE if block >= WIDE_ROW else TILE) // block)
-        _forward_kernel[(triton.cdiv(rows, block_rows),)](
+        _forward_kernel[(-(-rows // block_rows),)](
             x_TD,
             residual_TD,
             weight.contiguous(),
@@ -208,7 +220,7 @@ def _launch_backward(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not rows:
         return grad_x, torch.zeros_like(weight)
-    add, block = grad_summed is not None, triton.next_power_of_2(columns)
+    add, block = grad_summed is not None, _power_of_two(columns)
     if block < SHORT_ROW:
         block_rows, warps, per_processor = max(2, 1024 // block), 2, 12
         registers = {"maxnreg": 80} if x.is_cuda else {}  # so that all twelve fit
@@ -218,8 +230,8 @@ def _launch_backward(
         per_processor, registers = max(1, (32 if add else 20) // warps), {}
     most = PROGRAMS_ON_CPU
     if x.is_cuda:
-        most = per_processor * torch.cuda.get_device_properties(x.device).multi_processor_count
-    programs = min(triton.cdiv(rows, block_rows), most)
+        most = per_processor * _processors(x.device.index or 0)
+    programs = min(-(-rows // block_rows), most)
     partial_GD = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     arguments = (
         grad_TD,
@@ -239,7 +251,7 @@ def _launch_backward(
     else:
         _backward_kernel[(programs,)](*arguments, block, num_warps=warps)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    _total_kernel[(triton.cdiv(columns, TOTAL_COLUMNS),)](
+    _total_kernel[(-(-columns // TOTAL_COLUMNS),)](
         partial_GD, grad_weight, programs, columns, BLOCK_G=TOTAL_ROWS, BLOCK_D=TOTAL_COLUMNS, num_warps=4
     )
     return grad_x, grad_weight
