@@ -1,6 +1,6 @@
 """One table of the operators of deepwright_kernels on the present device, beside their peers.
 
-    python benchmarks/kernels.py [--device cpu|cuda] [--only rms_norm ...] [--no-compile] [--json results.json]
+    python benchmarks/kernels.py [--only rms_norm ...] [--no-compile] [--without eager] [--json results.json]
 
 `ours` is what `auto` picks on the device (the backend is named). `eager` is the plain reference, `compile` the
 reference under torch.compile, further peers are named for what they are: torch's own operation, FlashMLA, DeepGEMM or
@@ -49,9 +49,13 @@ class Row:
     peak_mebibytes: float | None
 
 
-def measure(case: Case, settings: Settings, limits: dict[str, float], seconds: float) -> Iterator[Row]:
+def measure(
+    case: Case, settings: Settings, limits: dict[str, float], seconds: float, without: list[str]
+) -> Iterator[Row]:
     """One row for each implementation; one that fails (out of memory, say) is reported and left out."""
     for name, run in case.runs.items():
+        if name in without:
+            continue
         try:
             peak = peak_mebibytes(run) if settings.gpu else None
             milliseconds = median_milliseconds(run, settings.device, seconds)
@@ -78,6 +82,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", choices=sorted(CASES), default=sorted(CASES), metavar="OPERATOR")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a while)")
+    parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="leave these out: eager, liger, ...")
     parser.add_argument("--seconds", type=float, default=0.2, help="time spent on each measurement")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
@@ -93,7 +98,7 @@ def main() -> None:
     rows: list[Row] = []
     for operator in options.only:
         for case in CASES[operator](settings):
-            for row in measure(case, settings, limits, options.seconds):
+            for row in measure(case, settings, limits, options.seconds, options.without):
                 rows.append(row)
                 print(line(row, case.backend), flush=True)
     print("\n* ours, with the backend that ran")
