@@ -42,8 +42,12 @@ def product_with_weight(
     weight8, weight_scale = quantise_fp8_blocks(weight, transposed=transposed)
     wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     if ends_E is None:
-        return fp8_matmul(values_TK, scale_TV, weight8, weight_scale, wide).to(dtype)
-    return fp8_grouped_matmul(values_TK, scale_TV, weight8, weight_scale, ends_E, wide).to(dtype)
+        y_TN = fp8_matmul(values_TK, scale_TV, weight8, weight_scale, wide)
+    else:
+        y_TN = fp8_grouped_matmul(values_TK, scale_TV, weight8, weight_scale, ends_E, wide)
+    # Not a conversion to the same dtype: as the last step of a forward pass it makes torch.compile of torch 2.11 lose
+    # the gradients.
+    return y_TN if wide == dtype else y_TN.to(dtype)
 
 
 def gradient_of_weight(
@@ -52,8 +56,10 @@ def gradient_of_weight(
     """Σ over tokens of the output's gradient times the input: [N, K], or [E, N, K] where there are groups."""
     wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     if ends_E is None:
-        return fp8_matmul(grad_NT, grad_scale_NU, x_KT, x_scale_KU, wide).to(dtype)
-    return fp8_grouped_outer(grad_NT, grad_scale_NU, x_KT, x_scale_KU, ends_E, wide).to(dtype)
+        grad = fp8_matmul(grad_NT, grad_scale_NU, x_KT, x_scale_KU, wide)
+    else:
+        grad = fp8_grouped_outer(grad_NT, grad_scale_NU, x_KT, x_scale_KU, ends_E, wide)
+    return grad if wide == dtype else grad.to(dtype)
 
 
 class _Linear(torch.autograd.Function):
