@@ -23,7 +23,10 @@ class _RmsNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x_wide * scale).mul_(weight.to(wide)).to(x.dtype)
+        # Not in place: a last step that returns what it was given, as a conversion to the same dtype does as well, makes
+        # torch.compile of torch 2.11 lose the gradients.
+        y = (x_wide * scale) * weight.to(wide)
+        return y if wide == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -46,7 +46,9 @@ class _Unpermute(torch.autograd.Function):
         ctx.save_for_backward(y_RD, order_R, place_TK, weights_TK)
         wide = torch.promote_types(y_RD.dtype, torch.float32)
         weighted_TKD = _by_place(y_RD, place_TK).to(wide).mul_(weights_TK[..., None].to(wide))
-        return weighted_TKD.sum(1).to(y_RD.dtype)
+        # A conversion to the same dtype, as the last step, makes torch.compile of torch 2.11 lose the gradients.
+        out_TD = weighted_TKD.sum(1)
+        return out_TD if wide == y_RD.dtype else out_TD.to(y_RD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, Tensor]:
