@@ -23,7 +23,7 @@ class _RmsNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        # Not in place: a last step that returns what it was given, as a conversion to the same dtype does as well, makes
+        # Not in place: a last step that returns what it was given, as does a conversion to the same dtype, makes
         # torch.compile of torch 2.11 lose the gradients.
         y = (x_wide * scale) * weight.to(wide)
         return y if wide == x.dtype else y.to(x.dtype)
