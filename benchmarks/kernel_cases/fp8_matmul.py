@@ -6,10 +6,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from deepwright_kernels import backend_for, dispatch, fp8_matmul, quantise_fp8_blocks, quantise_fp8_rows
+from deepwright_kernels import (
+    backend_for,
+    dispatch,
+    fp8_matmul,
+    operators,
+    quantise_fp8_blocks,
+    quantise_fp8_rows,
+)
 
 from .case import FP8_FLOPS, Case, Settings, applied, installed
 
@@ -19,18 +25,9 @@ ON_CPU = [(256, 256)]
 
 
 def peers(operator: str, ours: str, settings: Settings) -> dict[str, Callable[..., Any]]:
-    """Our other backends for a GPU, and the reference."""
-    others = ("triton", "reference") if settings.gpu else ("reference",)
-    return {backend: dispatch.load(operator, backend) for backend in others if backend != ours}
-
-
-def _scaled_mm(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """torch's own, through cuBLASLt: it wants block scales transposed."""
-    blocks = b_scale.shape[0] < b_NK.shape[0]
-    recipe = F.ScalingType.BlockWise128x128 if blocks else F.ScalingType.BlockWise1x128
-    scale = b_scale.t() if blocks else b_scale
-    one_row = F.ScalingType.BlockWise1x128
-    return F.scaled_mm(a_MK, b_NK.t(), a_scale_MV, one_row, scale, recipe, output_dtype=dtype)
+    """Our other backends for a GPU, of which `torch` is its scaled_mm, and the reference."""
+    names = [name for name in ("cuda", "torch", "triton") if settings.gpu and name in operators()[operator]]
+    return {name: dispatch.load(operator, name) for name in (*names, "reference") if name != ours}
 
 
 def _deep_gemm() -> dict[str, Callable[..., Any]]:
@@ -55,8 +52,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         arguments = (*a, *b, torch.bfloat16)
         ours = backend_for("fp8_matmul", *arguments)
         functions = {"ours": fp8_matmul, **peers("fp8_matmul", ours, settings)}
-        if settings.gpu:
-            functions |= {"torch scaled_mm": _scaled_mm, **_deep_gemm()}
+        functions |= _deep_gemm() if settings.gpu else {}
         work, shape = 2 * tokens * outputs * inputs, f"{tokens} x ({outputs}, {inputs})"
         yield Case("fp8_matmul", shape, applied(functions, *arguments), work, FP8_FLOPS, ours)
     # The gradient of a weight of this size over so many tokens: scales of 1 x 128 on both sides, sums in float32.
@@ -66,8 +62,6 @@ def cases(settings: Settings) -> Iterator[Case]:
         arguments = (*a, *b, torch.float32)
         ours = backend_for("fp8_matmul", *arguments)
         functions = {"ours": fp8_matmul, **peers("fp8_matmul", ours, settings)}
-        if settings.gpu:
-            functions["torch scaled_mm"] = _scaled_mm
         shape = f"{rows} x {columns}, over {summed} tokens"
         work = 2 * rows * columns * summed
         yield Case("fp8_matmul, wgrad", shape, applied(functions, *arguments), work, FP8_FLOPS, ours)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from deepwright_kernels import backend_for
+from deepwright_kernels import backend_for, dispatch
 
 from .case import BYTES, Case, Settings, applied, implementations
 
@@ -22,8 +22,11 @@ DIRECTIONS = {"quantise_fp8_rows": 1, "quantise_fp8_columns": 1, "quantise_fp8_r
 
 
 def _case(operator: str, shape: str, settings: Settings, amount: float, *arguments: object) -> Case:
+    ours = backend_for(operator, *arguments)
     functions = implementations(operator, settings)
-    return Case(operator, shape, applied(functions, *arguments), amount, BYTES, backend_for(operator, *arguments))
+    if ours == "cuda":
+        functions["triton"] = dispatch.load(operator, "triton")
+    return Case(operator, shape, applied(functions, *arguments), amount, BYTES, ours)
 
 
 def _written(values: int) -> float:
