@@ -36,7 +36,12 @@ def _launch(
     tokens, width = x_TK.shape
     values_TK, scale_TV = rows or columns
     values_KT, scale_KU = columns
-    defines = {"SWIGLU": 0, "ROWS": int(rows is not None), "POWER_OF_TWO": int(power_of_two_scales), "BLOCKS": BLOCKS[rows is not None]}
+    defines = {
+        "SWIGLU": 0,
+        "ROWS": int(rows is not None),
+        "POWER_OF_TWO": int(power_of_two_scales),
+        "BLOCKS": BLOCKS[rows is not None],
+    }
     kernel(SOURCE, "fp8_tile", defines, 0, x_TK.device).launch(
         (blocks(tokens) * blocks(width), 1, 1),
         (THREADS, 1, 1),
