@@ -26,6 +26,9 @@ TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = 128, 64
 # What a block may use of shared memory on Hopper, and what it gets without asking.
 LARGEST_SHARED_BYTES, UNASKED_SHARED_BYTES = 232448, 48 * 1024
 
+# CUresult of the driver's API for a thread without a context.
+NO_CONTEXT = 201
+
 # CUtensorMapDataType of the driver's API.
 _TENSOR_MAP_TYPES = {
     torch.uint8: 0,
@@ -93,8 +96,8 @@ def _keep(path: Path, code: bytes) -> None:
 class Kernel:
     """A compiled kernel on one device; `launch` starts it on torch's current stream."""
 
-    def __init__(self, function: Any, shared_bytes: int) -> None:
-        self._function, self._shared_bytes = function, shared_bytes
+    def __init__(self, function: Any, shared_bytes: int, device: int) -> None:
+        self._function, self._shared_bytes, self._device = function, shared_bytes, device
 
     def launch(
         self,
@@ -128,13 +131,30 @@ class Kernel:
                 addresses[index] = argument.address
         stream = torch.cuda.current_stream().cuda_stream
         where = ctypes.addressof(addresses)
+        call: Any
+        passed: tuple[Any, ...]
         if early:
-            result = driver.cuLaunchKernelEx(
-                _early_launch(driver, grid, block, self._shared_bytes, stream), self._function, where, 0
-            )
+            config = _early_launch(driver, grid, block, self._shared_bytes, stream)
+            call, passed = driver.cuLaunchKernelEx, (config, self._function, where, 0)
         else:
-            result = driver.cuLaunchKernel(self._function, *grid, *block, self._shared_bytes, stream, where, 0)
+            call = driver.cuLaunchKernel
+            passed = (self._function, *grid, *block, self._shared_bytes, stream, where, 0)
+        result = call(*passed)
+        if int(result[0]) == NO_CONTEXT:
+            _use_torchs_context(self._device)
+            result = call(*passed)
         _checked(result, "starting a CUDA kernel")
+
+
+def _use_torchs_context(device: int) -> None:
+    """Give this thread the device's context, if it has none: autograd's threads begin without, and torch's own calls
+    that need one make it themselves."""
+    from cuda.bindings import driver
+
+    if int(_checked(driver.cuCtxGetCurrent(), "asking for the context")) == 0:
+        handle = _checked(driver.cuDeviceGet(device), "finding the device")
+        context = _checked(driver.cuDevicePrimaryCtxRetain(handle), "finding torch's context")
+        _checked(driver.cuCtxSetCurrent(context), "using torch's context")
 
 
 def _early_launch(driver: Any, grid: Sequence[int], block: Sequence[int], shared_bytes: int, stream: int) -> Any:
@@ -159,12 +179,13 @@ def _kernel(
 
     code = compile_source(path.read_text(), dict(defines))
     torch.cuda.current_stream(device)  # torch makes its context on the device
+    _use_torchs_context(device)
     module = _checked(driver.cuModuleLoadData(code), f"loading {path.name}")
     function = _checked(driver.cuModuleGetFunction(module, name.encode()), f"finding {name} in {path.name}")
     if shared_bytes > UNASKED_SHARED_BYTES:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes), f"giving {name} {shared_bytes} bytes")
-    return Kernel(function, shared_bytes)
+    return Kernel(function, shared_bytes, device)
 
 
 def kernel(path: Path, name: str, defines: Mapping[str, int | str], shared_bytes: int, device: torch.device) -> Kernel:
