@@ -5,15 +5,20 @@
 //   1  grouped  A [M, K], B [E, N, K], rows in groups        -> C [M, N], rows past the last group zero
 //   2  outer    A [M, K], B [N, K], columns in groups       -> C [E, M, N]
 //
-// A block of threads stays on its multiprocessor and takes tile after tile. One warp is the producer: it asks the copy
-// engine for 128 columns of A and B (and the scales of A's rows) at a time, STAGES ahead. Two warpgroups do the maths,
-// each for 64 rows of the tile: four `wgmma` of 32 columns give the product over 128 columns in fresh registers, which
-// are then multiplied by their scales and added to the sums. While one warpgroup adds, the tensor cores work for the
-// other. The tensor cores keep fewer bits than float32 in their own sums: that is why the sums are not left there.
+// A block of threads stays on its multiprocessor and takes tile after tile. One warp is the producer: it finds the next
+// tile, says in shared memory which one it is, and asks for 128 columns of A and B and their scales at a time, STAGES
+// ahead. Two teams of four warps do the maths, each for 64 rows of the tile: four `wgmma` of 32 columns give the product
+// over 128 columns in fresh registers, which are then multiplied by their scales and added to the sums. While one team
+// adds, the tensor cores work for the other. The tensor cores keep fewer bits than float32 in their own sums: that is
+// why the sums are not left there.
 //
-// Defines: SCHEDULE; WAVES (a tile has WAVES times 128 columns, which a warpgroup takes one after the other); STAGES;
-// ROW_SCALES_B (1: a scale for each row of B and 128 columns, [V, N] as the copy engine sees it; 0: for 128 x 128);
-// FLOAT_OUT (1: float32, 0: bfloat16); RASTER (rows of tiles that are walked together, for the L2).
+// The teams write C in turns. The first time the second team waits for the first one; from then on it is as much behind
+// as writing takes, so that one always computes while the other writes.
+//
+// Defines: SCHEDULE; WAVES (a tile has WAVES times 128 columns, which a team takes one after the other); STAGES;
+// ROW_SCALES_B (1: a scale for each row of B and 128 columns; 0: for 128 x 128); FLOAT_OUT (1: float32, written from
+// registers; 0: bfloat16, through shared memory and the copy engine); RASTER (rows of tiles that are walked together, for
+// the L2).
 //
 // Leaves out: K in groups that are no multiples of 128, and C whose rows are no multiples of 16 bytes.
 
@@ -34,16 +39,22 @@ struct alignas(64) TensorMap {
 #define A_BYTES (BLOCK_M * BLOCK_K)
 #define B_BYTES (BLOCK_N * BLOCK_K)
 #define A_SCALE_BYTES (BLOCK_M * 4)
-#define B_SCALE_BYTES (ROW_SCALES_B * BLOCK_N * 4)
-#define STAGE_BYTES (A_BYTES + B_BYTES + A_SCALE_BYTES + B_SCALE_BYTES)
+#define B_SCALE_BYTES (ROW_SCALES_B ? BLOCK_N * 4 : 16)
 
-// Shared memory: all A, all B (each at a multiple of 1024 bytes, as the swizzle needs), scales, barriers.
-#define B_AT (STAGES * A_BYTES)
+// On its way out a team's part of a wave of C passes through two boxes of 64 rows of 128 bytes.
+#define BOX_COLUMNS 64
+#define BOX_BYTES (64 * 128)
+#define TEAM_BOXES_BYTES (2 * BOX_BYTES)
+
+// Shared memory: boxes of C, all A, all B (each at a multiple of 1024 bytes, as the swizzle needs), scales, barriers.
+#define A_AT (FLOAT_OUT ? 0 : 2 * TEAM_BOXES_BYTES)
+#define B_AT (A_AT + STAGES * A_BYTES)
 #define A_SCALE_AT (B_AT + STAGES * B_BYTES)
 #define B_SCALE_AT (A_SCALE_AT + STAGES * A_SCALE_BYTES)
-#define BARRIERS_AT (B_SCALE_AT + STAGES * B_SCALE_BYTES)
+#define TILES_AT (B_SCALE_AT + STAGES * B_SCALE_BYTES)
+#define BARRIERS_AT (TILES_AT + STAGES * 16)
 
-// With more sums there are no registers left to read the scales of B's rows ahead.
+// With more sums there are no registers left to multiply row scales of A and B while the tensor cores work.
 #define SCALES_LATE (ROW_SCALES_B && WAVES > 1)
 
 // Eight of the 64 sums that a thread holds of a product of 64 x 128.
@@ -72,7 +83,7 @@ __device__ __forceinline__ void wgmma(float (&d)[WAVE_N / 2], u64 a, u64 b) {
     else WGMMA(1);
 }
 
-// The compiler must not move reads or writes of the sums across this point.
+// The compiler must not move reads or writes of these registers across this point.
 __device__ __forceinline__ void pin(float (&d)[WAVE_N / 2]) {
 #pragma unroll
     for (int i = 0; i < WAVE_N / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
@@ -81,6 +92,15 @@ __device__ __forceinline__ void pin(float (&d)[WAVE_N / 2]) {
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory"); }
+
+// Barriers 1 and 2: the turns of the two teams.
+__device__ __forceinline__ void turn_wait(int team) {
+    asm volatile("barrier.sync %0, 256;\n" ::"r"(team + 1) : "memory");
+}
+
+__device__ __forceinline__ void turn_pass(int team) {
+    asm volatile("barrier.arrive %0, 256;\n" ::"r"((team ^ 1) + 1) : "memory");
+}
 
 // A tile of rows of 128 bytes with the 128-byte swizzle: eight rows are 1024 bytes apart from the next eight.
 __device__ __forceinline__ u64 descriptor(u32 address) {
@@ -132,6 +152,27 @@ __device__ __forceinline__ void load_tile_of(
         : "memory");
 }
 
+// Scales of a tile's rows, those that exist: what lies beyond is never used for a value that is kept.
+__device__ __forceinline__ void load_scales(const float* from, u32 to, u32 barrier, u32 bytes) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(to), "l"(from),
+        "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// Bytes of the scales of up to `most` of the rows after `row`, in whole units of 16 bytes, which their strides allow.
+__device__ __forceinline__ u32 scale_bytes(int rows, int row, int most) {
+    return min(most, max(0, (rows - row + 3) / 4 * 4)) * 4;
+}
+
+// Four bytes into shared memory; the barrier hears of it when they are there.
+__device__ __forceinline__ void load_word(const float* from, u32 to, u32 barrier) {
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 4;\ncp.async.mbarrier.arrive.noinc.shared::cta.b64 [%2];\n" ::"r"(to),
+        "l"(from), "r"(barrier)
+        : "memory");
+}
+
 __device__ __forceinline__ float load_shared(u32 address) {
     float value;
     asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(value) : "r"(address));
@@ -150,11 +191,33 @@ __device__ __forceinline__ u32 bfloat16_pair(float low, float high) {
     return pair;
 }
 
+// The same value, of which the compiler then knows that it is one for the warp: what follows from it stays in uniform
+// registers, where `wgmma` wants its descriptors, and loops over it need no care for threads that part.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFF, value, 0); }
+
 struct Tile {
-    int row, column;  // of C
-    int group;
-    int first, count;  // blocks of K: where they begin (in units of 128), how many
+    int row, column, group;  // where it is in C
+    int count;               // blocks of 128 of K; none: zeros
+    int first;               // and where they begin
 };
+
+#define STOP -1  // instead of a count: there are no more tiles
+
+__device__ __forceinline__ void announce(const Tile& tile, u32 to) {
+    asm volatile(
+        "st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(tile.row), "r"(tile.column), "r"(tile.group),
+        "r"(tile.count)
+        : "memory");
+}
+
+__device__ __forceinline__ void read_announced(Tile& tile, u32 from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(tile.row), "=r"(tile.column), "=r"(tile.group), "=r"(tile.count)
+                 : "r"(from)
+                 : "memory");
+    tile.row = uniform(tile.row), tile.column = uniform(tile.column);
+    tile.group = uniform(tile.group), tile.count = uniform(tile.count);
+}
 
 // The tile that is number `index`, or false past the last one. The whole warp must call it.
 __device__ __forceinline__ bool find_tile(
@@ -192,71 +255,103 @@ __device__ __forceinline__ bool find_tile(
     return true;
 }
 
-// Two rows of sums (eight apart) of a wave to memory. A thread holds two neighbouring columns of every eight; groups of
-// four threads exchange theirs first, so that each writes 16 bytes.
+#if FLOAT_OUT
+// A wave's sums to memory. A thread holds two neighbouring columns of every eight; two threads exchange theirs first, so
+// that each writes 16 bytes.
 __device__ __forceinline__ void store(
-    const float (&sum)[WAVE_N / 2], void* out, int row, int column, int rows, int columns, int lane) {
+    const float (&sum)[WAVE_N / 2], float* out, int row, int column, int rows, int columns, int lane) {
     const int quarter = lane & 3;
+    const bool odd = quarter & 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const bool inside = row + 8 * half < rows;
         const u64 start = (u64)(row + 8 * half) * columns;
-#if FLOAT_OUT
 #pragma unroll
         for (int j = 0; j < WAVE_N / 8; j += 2) {
             // Even threads end up with four columns of the first eight, odd ones with four of the second.
             const float a0 = sum[4 * j + 2 * half], a1 = sum[4 * j + 2 * half + 1];
             const float b0 = sum[4 * j + 4 + 2 * half], b1 = sum[4 * j + 5 + 2 * half];
-            const bool odd = quarter & 1;
             const float c0 = __shfl_xor_sync(0xFFFFFFFF, odd ? a0 : b0, 1);
             const float c1 = __shfl_xor_sync(0xFFFFFFFF, odd ? a1 : b1, 1);
             const float4 four = odd ? make_float4(c0, c1, b0, b1) : make_float4(a0, a1, c0, c1);
             const int at = column + 8 * (j + (quarter & 1)) + 4 * (quarter >> 1);
-            if (inside && at < columns) *(float4*)((float*)out + start + at) = four;
+            if (inside && at < columns) *(float4*)(out + start + at) = four;
         }
-#else
-#pragma unroll
-        for (int j = 0; j < WAVE_N / 8; j += 4) {
-            u32 v[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                v[i] = bfloat16_pair(sum[4 * (j + i) + 2 * half], sum[4 * (j + i) + 2 * half + 1]);
-            // Transpose the four threads' 4 x 4 pairs: first between neighbours, then two apart.
-            const bool odd = quarter & 1, upper = quarter & 2;
-            const u32 x0 = __shfl_xor_sync(0xFFFFFFFF, odd ? v[0] : v[1], 1);
-            const u32 x1 = __shfl_xor_sync(0xFFFFFFFF, odd ? v[2] : v[3], 1);
-            const u32 p0 = odd ? x0 : v[0], p1 = odd ? v[1] : x0;
-            const u32 p2 = odd ? x1 : v[2], p3 = odd ? v[3] : x1;
-            const u32 y0 = __shfl_xor_sync(0xFFFFFFFF, upper ? p0 : p2, 2);
-            const u32 y1 = __shfl_xor_sync(0xFFFFFFFF, upper ? p1 : p3, 2);
-            const uint4 eight = upper ? make_uint4(y0, y1, p2, p3) : make_uint4(p0, p1, y0, y1);
-            const int at = column + 8 * (j + quarter);
-            if (inside && at < columns) *(uint4*)((unsigned short*)out + start + at) = eight;
-        }
-#endif
     }
 }
+#else
+// Barriers 3 and 4: the warps of a team.
+__device__ __forceinline__ void team_sync(int team) {
+    asm volatile("barrier.sync %0, 128;\n" ::"r"(team + 3) : "memory");
+}
+
+// A wave's sums to memory by way of shared memory: the copy engine writes while the next tile is already computed.
+__device__ __forceinline__ void store_by_copies(
+    const float (&sum)[WAVE_N / 2], const TensorMap& map, u32 to, const Tile& tile, int column, int columns, int team,
+    int warp, int lane) {
+    const bool leader = warp % 4 == 0 && lane == 0;
+    if (leader) asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
+    team_sync(team);
+#pragma unroll
+    for (int box = 0; box < WAVE_N / BOX_COLUMNS; ++box) {
+        // Lanes 0-7, 8-15, .. name the rows of the four 8 x 8 matrices: two of eight columns, then two of the next.
+        const u32 box_at = to + box * BOX_BYTES + warp % 4 * 16 * 128;
+        const int row = lane % 16;
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            const float* d = sum + 4 * (8 * box + j);
+            asm volatile(
+                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
+                    box_at + row * 128 + ((j + lane / 16) ^ (row & 7)) * 16),
+                "r"(bfloat16_pair(d[0], d[1])), "r"(bfloat16_pair(d[2], d[3])), "r"(bfloat16_pair(d[4], d[5])),
+                "r"(bfloat16_pair(d[6], d[7]))
+                : "memory");
+        }
+    }
+    asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+    team_sync(team);
+    if (leader) {
+        for (int box = 0; box < WAVE_N / BOX_COLUMNS; ++box) {
+            const int at = column + box * BOX_COLUMNS;
+            if (at >= columns) break;
+            asm volatile(
+#if SCHEDULE == 2
+                "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];\n"
+#else
+                "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n"
+#endif
+                ::"l"(&map), "r"(to + box * BOX_BYTES), "r"(at), "r"(tile.row + team * 64), "r"(tile.group)
+                : "memory");
+        }
+        asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+    }
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_product(
     const __grid_constant__ TensorMap a_map,
     const __grid_constant__ TensorMap b_map,
-    const __grid_constant__ TensorMap a_scale_map,
-    const __grid_constant__ TensorMap b_scale_map,
+#if !FLOAT_OUT
+    const __grid_constant__ TensorMap out_map,
+#endif
+    const float* __restrict__ a_scale,
     const float* __restrict__ b_scale,
     const int* __restrict__ ends,
-    void* __restrict__ out,
+    float* __restrict__ out,
     int rows,
     int columns,
     int k,
-    int groups) {
+    int groups,
+    int a_scale_stride,
+    int b_scale_stride) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const u32 base = (u32)__cvta_generic_to_shared(shared);
     const u32 full = base + BARRIERS_AT, empty = full + 8 * STAGES;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
-            barrier_init(full + 8 * s, 1);
+            barrier_init(full + 8 * s, 1 + (ROW_SCALES_B ? 0 : WAVES));
             barrier_init(empty + 8 * s, MATHS_WARPS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;\n" ::: "memory");
@@ -269,65 +364,81 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_product(
     if (warp >= MATHS_WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n");
         if (warp == MATHS_WARPS) {
-            for (int index = blockIdx.x; find_tile(index, lane, rows, columns, k, groups, ends, tile);
-                 index += gridDim.x) {
-                if (lane == 0) {
-                    for (int block = tile.first; block < tile.first + tile.count; ++block) {
-                        barrier_wait(empty + 8 * stage, parity ^ 1);
-                        const u32 ready = full + 8 * stage;
-                        barrier_expect(ready, STAGE_BYTES);
-                        load_tile(a_map, base + stage * A_BYTES, ready, block * BLOCK_K, tile.row);
-                        const u32 b_to = base + B_AT + stage * B_BYTES;
-#if SCHEDULE == 1
-                        load_tile_of(b_map, b_to, ready, block * BLOCK_K, tile.column, tile.group);
-#else
-                        load_tile(b_map, b_to, ready, block * BLOCK_K, tile.column);
-#endif
-                        load_tile(a_scale_map, base + A_SCALE_AT + stage * A_SCALE_BYTES, ready, tile.row, block);
-#if ROW_SCALES_B
-                        load_tile(b_scale_map, base + B_SCALE_AT + stage * B_SCALE_BYTES, ready, tile.column, block);
-#endif
-                        if (++stage == STAGES) stage = 0, parity ^= 1;
-                    }
-                }
-                __syncwarp();
+            if (lane == 0) {
+                asm volatile("prefetch.tensormap [%0];\nprefetch.tensormap [%1];\n" ::"l"(&a_map), "l"(&b_map) : "memory");
             }
+            int index = blockIdx.x;
+            do {
+                if (!find_tile(index, lane, rows, columns, k, groups, ends, tile)) tile.count = STOP;
+                index += gridDim.x;
+#if !ROW_SCALES_B
+                const int scale_rows = (columns + 127) / 128, scale_columns = (k + 127) / 128;
+                const int scale_row = tile.column / 128 + lane;
+                const float* b_scale_at =
+                    b_scale + (u64)(tile.group * scale_rows + min(scale_row, scale_rows - 1)) * scale_columns;
+#endif
+                const u32 a_scale_bytes = scale_bytes(rows, tile.row, BLOCK_M);
+                const u32 b_scale_bytes = ROW_SCALES_B ? scale_bytes(columns, tile.column, BLOCK_N) : 0;
+                for (int block = 0; block < max(tile.count, 1); ++block) {
+                    barrier_wait(empty + 8 * stage, parity ^ 1);
+                    const u32 ready = full + 8 * stage;
+                    if (lane == 0) {
+                        if (block == 0) announce(tile, base + TILES_AT + 16 * stage);
+                        if (tile.count > 0) {
+                            barrier_expect(ready, A_BYTES + B_BYTES + a_scale_bytes + b_scale_bytes);
+                            const int along = tile.first + block;
+                            load_tile(a_map, base + A_AT + stage * A_BYTES, ready, along * BLOCK_K, tile.row);
+                            const u32 b_to = base + B_AT + stage * B_BYTES;
+#if SCHEDULE == 1
+                            load_tile_of(b_map, b_to, ready, along * BLOCK_K, tile.column, tile.group);
+#else
+                            load_tile(b_map, b_to, ready, along * BLOCK_K, tile.column);
+#endif
+                            load_scales(
+                                a_scale + (u64)along * a_scale_stride + tile.row,
+                                base + A_SCALE_AT + stage * A_SCALE_BYTES, ready, a_scale_bytes);
+                            if (b_scale_bytes)
+                                load_scales(
+                                    b_scale + (u64)along * b_scale_stride + tile.column,
+                                    base + B_SCALE_AT + stage * B_SCALE_BYTES, ready, b_scale_bytes);
+                        } else {
+                            barrier_arrive(ready);
+                        }
+                    }
+#if !ROW_SCALES_B
+                    if (lane < WAVES) {
+                        if (tile.count > 0)
+                            load_word(b_scale_at + block, base + B_SCALE_AT + stage * B_SCALE_BYTES + 4 * lane, ready);
+                        else barrier_arrive(ready);
+                    }
+#endif
+                    if (++stage == STAGES) stage = 0, parity ^= 1;
+                }
+            } while (tile.count != STOP);
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
         const int team = warp / 4;
         const int row_in_tile = team * 64 + warp % 4 * 16 + lane / 4;
         float sum[WAVES][WAVE_N / 2], fresh[WAVE_N / 2];
-        for (int index = blockIdx.x; find_tile(index, lane, rows, columns, k, groups, ends, tile);
-             index += gridDim.x) {
+        if (team == 1) turn_pass(team);
+        for (;;) {
+            barrier_wait(full + 8 * stage, parity);
+            read_announced(tile, base + TILES_AT + 16 * stage);
+            if (tile.count == STOP) break;
+            if (tile.count == 0) {
+                free_stage(empty + 8 * stage, lane);
+                if (++stage == STAGES) stage = 0, parity ^= 1;
+            }
 #pragma unroll
             for (int w = 0; w < WAVES; ++w)
 #pragma unroll
                 for (int i = 0; i < WAVE_N / 2; ++i) sum[w][i] = 0.f;
-#if !ROW_SCALES_B
-            // Scales of B are read one block ahead.
-            const int scale_rows = (columns + 127) / 128, scale_columns = (k + 127) / 128;
-            const float* b_scale_at[WAVES];
-            float b_scale_next[WAVES];
-#pragma unroll
-            for (int w = 0; w < WAVES; ++w) {
-                const float* at = b_scale + (u64)(tile.group < groups ? tile.group : 0) * scale_rows * scale_columns;
-                b_scale_at[w] = at + (u64)min((tile.column + w * WAVE_N) / 128, scale_rows - 1) * scale_columns;
-                b_scale_next[w] = __ldg(b_scale_at[w]);
-            }
-#endif
             for (int block = 0; block < tile.count; ++block) {
-                const u32 a_at = base + stage * A_BYTES + team * 64 * BLOCK_K;
+                const u32 a_at = base + A_AT + stage * A_BYTES + team * 64 * BLOCK_K;
                 const u32 b_at = base + B_AT + stage * B_BYTES;
                 const u32 a_scale_at = base + A_SCALE_AT + stage * A_SCALE_BYTES + row_in_tile * 4;
-#if !ROW_SCALES_B
-                float b_scale_now[WAVES];
-#pragma unroll
-                for (int w = 0; w < WAVES; ++w) {
-                    b_scale_now[w] = b_scale_next[w];
-                    if (block + 1 < tile.count) b_scale_next[w] = __ldg(b_scale_at[w] + block + 1);
-                }
-#endif
+                const u32 b_scale_at = base + B_SCALE_AT + stage * B_SCALE_BYTES;
                 barrier_wait(full + 8 * stage, parity);
                 const float a_scale[2] = {load_shared(a_scale_at), load_shared(a_scale_at + 32)};
 #pragma unroll
@@ -342,30 +453,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_product(
                     }
                     wgmma_commit();
 #if ROW_SCALES_B
-                    const u32 b_pair_at = base + B_SCALE_AT + stage * B_SCALE_BYTES + (w * WAVE_N + lane % 4 * 2) * 4;
+                    const u32 pair_at = b_scale_at + (w * WAVE_N + lane % 4 * 2) * 4;
 #if !SCALES_LATE
-                    float2 b_pair[WAVE_N / 8];
+                    float scale[WAVE_N / 2];
 #pragma unroll
-                    for (int j = 0; j < WAVE_N / 8; ++j) b_pair[j] = load_shared_pair(b_pair_at + 32 * j);
+                    for (int j = 0; j < WAVE_N / 8; ++j) {
+                        const float2 b_two = load_shared_pair(pair_at + 32 * j);
+                        scale[4 * j] = a_scale[0] * b_two.x, scale[4 * j + 1] = a_scale[0] * b_two.y;
+                        scale[4 * j + 2] = a_scale[1] * b_two.x, scale[4 * j + 3] = a_scale[1] * b_two.y;
+                    }
+                    pin(scale);
 #endif
 #else
-                    const float scale0 = a_scale[0] * b_scale_now[w], scale1 = a_scale[1] * b_scale_now[w];
+                    const float b_both = load_shared(b_scale_at + 4 * w);
+                    const float scale0 = a_scale[0] * b_both, scale1 = a_scale[1] * b_both;
 #endif
                     wgmma_wait();
                     pin(fresh);
                     if (w == WAVES - 1 && !SCALES_LATE) free_stage(empty + 8 * stage, lane);
 #pragma unroll
                     for (int j = 0; j < WAVE_N / 8; ++j) {
-#if ROW_SCALES_B
 #if SCALES_LATE
-                        const float2 b_two = load_shared_pair(b_pair_at + 32 * j);
-#else
-                        const float2 b_two = b_pair[j];
-#endif
+                        const float2 b_two = load_shared_pair(pair_at + 32 * j);
                         sum[w][4 * j] += fresh[4 * j] * (a_scale[0] * b_two.x);
                         sum[w][4 * j + 1] += fresh[4 * j + 1] * (a_scale[0] * b_two.y);
                         sum[w][4 * j + 2] += fresh[4 * j + 2] * (a_scale[1] * b_two.x);
                         sum[w][4 * j + 3] += fresh[4 * j + 3] * (a_scale[1] * b_two.y);
+#elif ROW_SCALES_B
+#pragma unroll
+                        for (int i = 4 * j; i < 4 * j + 4; ++i) sum[w][i] += fresh[i] * scale[i];
 #else
                         sum[w][4 * j] += fresh[4 * j] * scale0;
                         sum[w][4 * j + 1] += fresh[4 * j + 1] * scale0;
@@ -377,11 +493,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_product(
                 }
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
-            void* to = out;
-            if (SCHEDULE == 2) to = (char*)out + (u64)tile.group * rows * columns * (FLOAT_OUT ? 4 : 2);
+            turn_wait(team);
 #pragma unroll
-            for (int w = 0; w < WAVES; ++w)
-                store(sum[w], to, tile.row + row_in_tile, tile.column + w * WAVE_N, rows, columns, lane);
+            for (int w = 0; w < WAVES; ++w) {
+                const int column = tile.column + w * WAVE_N;
+#if FLOAT_OUT
+                float* to = out + (SCHEDULE == 2 ? (u64)tile.group * rows * columns : 0);
+                store(sum[w], to, tile.row + row_in_tile, column, rows, columns, lane);
+#else
+                store_by_copies(
+                    sum[w], out_map, base + team * TEAM_BOXES_BYTES, tile, column, columns, team, warp, lane);
+#endif
+            }
+            turn_pass(team);
         }
+        if (!FLOAT_OUT && warp % 4 == 0 && lane == 0) asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory");
     }
 }

@@ -22,6 +22,7 @@ from ..operation import Operation
 SOURCE = Path(__file__).with_name("hopper.cu")
 THREADS = 384
 DENSE, GROUPED, OUTER = range(3)
+BOX_ROWS, BOX_BYTES = 64, 128  # of bfloat16 output on its way through shared memory
 RASTER = 8  # rows of tiles that are walked together
 # Of tiles of 128 rows and one or two times 128 columns, on an H200: microseconds for 128 of K, and for the rest.
 STEP, REST = {1: 0.46, 2: 0.76}, {1: 2.3, 2: 4.6}
@@ -35,8 +36,10 @@ def _multiprocessors(device: torch.device) -> int:
 @cache
 def _product(schedule: int, waves: int, row_scales_b: bool, dtype: torch.dtype, device: torch.device) -> Kernel:
     columns = waves * BLOCK
-    stage = (BLOCK + columns) * BLOCK + 4 * BLOCK + 4 * columns * row_scales_b + 16  # the last for its two barriers
-    stages = LARGEST_SHARED_BYTES // stage
+    scales = 4 * BLOCK + (4 * columns if row_scales_b else 16)
+    stage = (BLOCK + columns) * BLOCK + scales + 32  # the last for its two barriers and a tile's place
+    boxes = 0 if dtype == torch.float32 else 4 * BOX_ROWS * BOX_BYTES
+    stages = (LARGEST_SHARED_BYTES - boxes) // stage
     defines = {
         "SCHEDULE": schedule,
         "WAVES": waves,
@@ -45,7 +48,7 @@ def _product(schedule: int, waves: int, row_scales_b: bool, dtype: torch.dtype, 
         "ROW_SCALES_B": int(row_scales_b),
         "FLOAT_OUT": int(dtype == torch.float32),
     }
-    return kernel(SOURCE, "fp8_product", defines, stages * stage, device)
+    return kernel(SOURCE, "fp8_product", defines, boxes + stages * stage, device)
 
 
 def _tiles(waves: int, rows: int, columns: int, matrices: int) -> int:
@@ -62,15 +65,14 @@ def _waves(rows: int, columns: int, matrices: int, along: int, multiprocessors: 
     return min((2, 1), key=microseconds)
 
 
-def _scales_for_copies(scale_MV: Tensor) -> Tensor:
-    """Row scales as the copy engine sees them, [V, M]; moved if they begin within 16 bytes (a slice of rows)."""
+def _row_scales(scale_MV: Tensor) -> tuple[Tensor, int]:
+    """Row scales and how far apart those of two blocks are; moved if they begin within 16 bytes (a slice of rows)."""
     rows, across = scale_MV.shape
-    stride = scale_MV.stride(1) if across > 1 else rounded_up(rows, SCALES_MULTIPLE)
-    scale_VM = scale_MV.as_strided((across, rows), (stride, 1))
-    if scale_VM.data_ptr() % 16:
-        moved_VM = scale_VM.new_empty(across, rounded_up(rows, SCALES_MULTIPLE))[:, :rows]
-        return moved_VM.copy_(scale_VM)
-    return scale_VM
+    if scale_MV.data_ptr() % 16:
+        moved_VM = scale_MV.new_empty(across, rounded_up(rows, SCALES_MULTIPLE))
+        moved_VM[:, :rows] = scale_MV.t()
+        return moved_VM, moved_VM.shape[1]
+    return scale_MV, scale_MV.stride(1)
 
 
 def _launch(
@@ -86,14 +88,16 @@ def _launch(
     multiprocessors = _multiprocessors(device)
     waves = _waves(rows, columns, matrices, blocks(k) // matrices, multiprocessors)
     b_box = (waves * BLOCK, BLOCK)
-    a_scale_map = TensorMap(_scales_for_copies(a_scale_MV), (1, BLOCK), swizzle=0)
+    a_scale, a_scale_stride = _row_scales(a_scale_MV)
+    b_scale, b_scale_stride = _row_scales(b_scale) if row_scales_b else (b_scale, 0)
+    boxes = (*[1] * (out.ndim - 2), BOX_ROWS, BOX_BYTES // out.element_size())
     _product(schedule, waves, row_scales_b, out.dtype, device).launch(
         (min(multiprocessors, _tiles(waves, rows, columns, matrices)), 1, 1),
         (THREADS, 1, 1),
         TensorMap(a_MK, (BLOCK, BLOCK)),
         TensorMap(b, (1, *b_box) if schedule == GROUPED else b_box),
-        a_scale_map,
-        TensorMap(_scales_for_copies(b_scale), (1, waves * BLOCK), swizzle=0) if row_scales_b else a_scale_map,
+        *([] if out.dtype == torch.float32 else [TensorMap(out, boxes)]),
+        a_scale,
         b_scale,
         b_scale if ends_E is None else ends_E,
         out,
@@ -101,6 +105,8 @@ def _launch(
         columns,
         k,
         groups,
+        a_scale_stride,
+        b_scale_stride,
     )
     return out
 
