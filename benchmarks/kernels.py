@@ -6,8 +6,9 @@
 reference under torch.compile, further peers are named for what they are: torch's own operation, FlashMLA, DeepGEMM or
 liger-kernel where they can be imported. Rates count the bytes that have to move, or the products that have to be made,
 whatever an implementation really does; the share is of what this machine reached in the same run with a plain copy or
-a plain matrix product. Times are medians with a cold L2, memory is what a call takes beyond its inputs. Gradients are
-included where the row says so. Leaves out several GPUs.
+a plain matrix product. Times are medians with a cold L2 of the device's work alone; `host` is what the host needs to
+ask for it, which decides where it is more (a CUDA graph takes it away). Memory is what a call takes beyond its inputs.
+Gradients are included where the row says so. Leaves out several GPUs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 import kernel_cases
 import torch
 from kernel_cases.case import Case, Settings
-from kernel_cases.timing import ceilings, median_milliseconds, peak_mebibytes
+from kernel_cases.timing import ceilings, peak_mebibytes, times
 
 MACHINERY = {"case", "timing"}
 CASES: dict[str, Callable[[Settings], Iterator[Case]]] = {
@@ -43,6 +44,7 @@ class Row:
     shape: str
     implementation: str
     milliseconds: float
+    host_milliseconds: float
     rate: float
     unit: str
     share: float | None
@@ -58,23 +60,28 @@ def measure(
             continue
         try:
             peak = peak_mebibytes(run) if settings.gpu else None
-            milliseconds = median_milliseconds(run, settings.device, seconds)
+            taken = times(run, settings.device, seconds)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             print(f"{case.operator} {case.shape} {name}: {(str(error).splitlines() or [type(error).__name__])[0]}")
             continue
-        rate = case.amount / milliseconds / 1e9
+        rate = case.amount / taken.device / 1e9
         share = rate / limits[case.unit] if case.unit in limits else None
-        yield Row(case.operator, case.shape, name, milliseconds, rate, case.unit, share, peak)
+        yield Row(case.operator, case.shape, name, taken.device, taken.host, rate, case.unit, share, peak)
 
 
 def line(row: Row, backend: str) -> str:
     """As the table shows it."""
     label = f"*{backend}" if row.implementation == "ours" else row.implementation
-    time = f"{row.milliseconds:.3f} ms" if row.milliseconds >= 0.1 else f"{row.milliseconds * 1e3:.1f} µs"
     share = "" if row.share is None else f"{row.share:.0%}"
     peak = "" if row.peak_mebibytes is None else f"{row.peak_mebibytes:,.0f}"
     rate = f"{row.rate:,.2f}" if row.rate < 10 else f"{row.rate:,.0f}"
-    return f"{row.operator:34}{row.shape:44}{label:16}{time:>12}{rate:>9} {row.unit:12}{share:>6}{peak:>10}"
+    device, host = readable(row.milliseconds), readable(row.host_milliseconds)
+    return f"{row.operator:36}{row.shape:44}{label:20}{device:>12}{rate:>9} {row.unit:12}{share:>6}{host:>12}{peak:>10}"
+
+
+def readable(milliseconds: float) -> str:
+    """In milliseconds, or in microseconds below a tenth of one."""
+    return f"{milliseconds:.3f} ms" if milliseconds >= 0.1 else f"{milliseconds * 1e3:.1f} µs"
 
 
 def main() -> None:
@@ -94,7 +101,8 @@ def main() -> None:
     limits = ceilings(settings, options.seconds)
     print(f"{name}, torch {torch.__version__}, {dtype}, {torch.get_num_threads()} threads")
     print("ceilings: " + ", ".join(f"{rate:,.2f} {unit}" for unit, rate in limits.items()) + "\n")
-    print(f"{'operator':34}{'shape':44}{'which':16}{'time':>12}{'rate':>9} {'':12}{'share':>6}{'peak MiB':>10}")
+    heading = f"{'operator':36}{'shape':44}{'which':20}{'time':>12}{'rate':>9} {'':12}{'share':>6}{'host':>12}"
+    print(f"{heading}{'peak MiB':>10}")
     rows: list[Row] = []
     for operator in options.only:
         for case in CASES[operator](settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -11,25 +12,36 @@ from .case import BYTES, FLOPS, FP8_FLOPS, Run, Settings
 
 # Several times the largest L2: what a run left in the cache must not speed up the next one.
 FLUSH_BYTES = 2**28
+# Written so often, it keeps a GPU busy for about a millisecond, in which the host can prepare the call that is timed.
+FLUSHES = 16
 MOST_RUNS = 200
 
 
-def median_milliseconds(run: Run, device: str, seconds: float) -> float:
-    """Median over as many calls as fit in `seconds`, at least five, after three to warm up.
+@dataclass(frozen=True)
+class Times:
+    """Medians in milliseconds: device, how long the device works for a call; host, how long the host needs to ask for
+    it (on a CPU the same). A call that is asked for more slowly than it is done takes the host's time."""
 
-    On a GPU the time is the device's own, between two events: each call finds the L2 full of something else, and while
-    that is written the host runs ahead, so that a launch costs only what the device sees of it.
+    device: float
+    host: float
+
+
+def times(run: Run, device: str, seconds: float) -> Times:
+    """Medians over as many calls as fit in `seconds`, at least five, after three to warm up.
+
+    On a GPU each call finds the L2 full of something else, and the device busy for long enough that the host runs
+    ahead: what is measured between two events is the work alone.
     """
     for _ in range(3):
         run()
+    on_host: list[float] = []
     if device == "cpu":
-        times = []
         begin = time.perf_counter()
-        while len(times) < 5 or (time.perf_counter() - begin < seconds and len(times) < MOST_RUNS):
+        while len(on_host) < 5 or (time.perf_counter() - begin < seconds and len(on_host) < MOST_RUNS):
             start = time.perf_counter()
             run()
-            times.append((time.perf_counter() - start) * 1e3)
-        return statistics.median(times)
+            on_host.append((time.perf_counter() - start) * 1e3)
+        return Times(statistics.median(on_host), statistics.median(on_host))
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -38,12 +50,16 @@ def median_milliseconds(run: Run, device: str, seconds: float) -> float:
     count = max(5, min(MOST_RUNS, int(seconds / (time.perf_counter() - begin + 1e-9))))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for start_event, end_event in events:
-        flush.zero_()
+        for _ in range(FLUSHES):
+            flush.zero_()
         start_event.record()
+        start = time.perf_counter()
         run()
+        on_host.append((time.perf_counter() - start) * 1e3)
         end_event.record()
-    torch.cuda.synchronize()
-    return statistics.median(start_event.elapsed_time(end_event) for start_event, end_event in events)
+        torch.cuda.synchronize()
+    on_device = [start_event.elapsed_time(end_event) for start_event, end_event in events]
+    return Times(statistics.median(on_device), statistics.median(on_host))
 
 
 def peak_mebibytes(run: Run) -> float:
@@ -61,21 +77,19 @@ def copy_rate(settings: Settings, seconds: float) -> float:
     """Bytes read and written by a plain copy, in units of 10¹² a second."""
     source = torch.empty(2**30 if settings.gpu else 2**26, dtype=torch.uint8, device=settings.device).random_()
     target = torch.empty_like(source)
-    return 2e-9 * source.numel() / median_milliseconds(lambda: target.copy_(source), settings.device, seconds)
+    return 2e-9 * source.numel() / times(lambda: target.copy_(source), settings.device, seconds).device
 
 
 def product_rates(settings: Settings, seconds: float) -> dict[str, float]:
     """Operations of large square products, in units of 10¹² a second."""
     size = 8192 if settings.gpu else 1024
     a, b = torch.randn(2, size, size, device=settings.device).to(settings.dtype)
-    found = {FLOPS: 2e-9 * size**3 / median_milliseconds(lambda: a @ b, settings.device, seconds)}
+    found = {FLOPS: 2e-9 * size**3 / times(lambda: a @ b, settings.device, seconds).device}
     if settings.gpu and torch.cuda.get_device_capability() >= (8, 9):
         one = torch.ones((), device=settings.device)
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t().contiguous().t()
-        milliseconds = median_milliseconds(
-            lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16), settings.device, seconds
-        )
-        found[FP8_FLOPS] = 2e-9 * size**3 / milliseconds
+        product = times(lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16), settings.device, seconds)
+        found[FP8_FLOPS] = 2e-9 * size**3 / product.device
     return found
 
 

@@ -178,7 +178,8 @@ def test_a_weighted_sum(tokens: int, vocabulary: int, dtype: torch.dtype) -> Non
     arguments = sample(tokens, 16, vocabulary, dtype)
     for a, b in zip(weighted("triton", *arguments, 0.7), weighted("reference", *arguments, 0.7), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
-        assert (a - b).float().norm() <= TOLERANCE[dtype]["rtol"] * b.float().norm()
+        # One word has the probability 1 and no gradient: what is left of it then is rounding, next to inputs near 1.
+        assert (a - b).float().norm() <= TOLERANCE[dtype]["rtol"] * b.float().norm() + 1e-5
 
 
 @pytest.mark.usefixtures("narrow_blocks")

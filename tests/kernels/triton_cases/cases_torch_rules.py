@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from deepwright_kernels import rms_norm, rotary
+from deepwright_kernels import dispatch, rms_norm, rotary
 
 from .sides import DEVICE, OPCHECKS, draw
 
 
 def test_operators_keep_torchs_rules() -> None:
+    for name in ("rms_norm", "rotary", "mla_paged_decode"):
+        dispatch.load(name, "triton")  # which registers it
     ops = torch.ops.deepwright
     x, weight = draw(4, 6, grad=True), draw(6, grad=True)
     torch.library.opcheck(ops.rms_norm.default, (x, weight, 1e-6), test_utils=OPCHECKS)
