@@ -1,9 +1,10 @@
 """CUDA kernels of this package: compiled by NVRTC when they are first used, kept on disk, started by the driver.
 
-A kernel lives in a `.cu` file beside its operator, needs no header, and is specialised by `#define`s. NVRTC and the
-driver are reached through cuda-bindings, which CUDA builds of torch bring along; no compiler has to be installed. The
-machine code is kept in `$XDG_CACHE_HOME/deepwright/kernels` (`~/.cache` by default) under a hash of source, options
-and compiler. Only Hopper (sm_90a) is compiled for: `wgmma` and the bulk tensor copies exist there alone.
+A kernel lives in a `.cu` file beside its operator, needs no header but this package's own, and is specialised by
+`#define`s. NVRTC and the driver are reached through cuda-bindings, which CUDA builds of torch bring along; no compiler
+has to be installed. The machine code is kept in `$XDG_CACHE_HOME/deepwright/kernels` (`~/.cache` by default) under a
+hash of source, options and compiler. Only Hopper (sm_90a) is compiled for: `wgmma` and the bulk tensor copies exist
+there alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PACKAGE = Path(__file__).parent
 ARCHITECTURE = "sm_90a"
 TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = 128, 64
 # What a block may use of shared memory on Hopper, and what it gets without asking.
@@ -51,6 +54,13 @@ def _checked(result: tuple[Any, ...], what: str) -> Any:
     if int(status) != 0:
         raise CudaError(f"{what} failed: {status!s}.")
     return values[0] if len(values) == 1 else values
+
+
+def source_of(path: Path) -> str:
+    """The text of a `.cu` file, with what it includes from this package (`#include "name"`) in its place."""
+    lines = path.read_text().splitlines(keepends=True)
+    found = [re.fullmatch(r'#include "([\w.]+)"\n?', line) for line in lines]
+    return "".join((PACKAGE / name[1]).read_text() if name else line for line, name in zip(lines, found, strict=True))
 
 
 def compile_source(source: str, defines: Mapping[str, int | str]) -> bytes:
@@ -177,7 +187,7 @@ def _kernel(
 ) -> Kernel:
     from cuda.bindings import driver
 
-    code = compile_source(path.read_text(), dict(defines))
+    code = compile_source(source_of(path), dict(defines))
     torch.cuda.current_stream(device)  # torch makes its context on the device
     _use_torchs_context(device)
     module = _checked(driver.cuModuleLoadData(code), f"loading {path.name}")
