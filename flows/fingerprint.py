@@ -1,6 +1,6 @@
 """Digests: of a stage's outputs, and of the code that made them.
 
-The code that decides a stage's result is taken to be the Python files of deepwright_core and deepwright_kernels, of the
+The code that decides a stage's result is taken to be the sources of deepwright_core and deepwright_kernels, of the
 package that provides the stage, and of the packages that provide the components its sections name. That is wider than
 needed (a changed docstring counts), never narrower; documents, flows and the other packages do not count.
 """
@@ -22,6 +22,7 @@ from deepwright_core.registry import Component, Registry
 from deepwright_core.stage import file_digest
 
 ALWAYS = ("deepwright_core", "deepwright_kernels")
+SOURCES = {".py", ".cu", ".cuh"}
 
 
 def files_of(path: Path) -> list[Path]:
@@ -68,7 +69,7 @@ def damage(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 @cache
 def package_digest(package: str) -> str:
-    """Digest of a top-level package's (or module's) Python files."""
+    """Digest of a top-level package's (or module's) sources, kernels in CUDA included."""
     origin: str | None
     module = sys.modules.get(package)
     origin = getattr(module, "__file__", None)
@@ -78,7 +79,9 @@ def package_digest(package: str) -> str:
     if origin is None:
         return "unknown"
     file = Path(origin)
-    files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+    files = [file]
+    if file.name == "__init__.py":
+        files = [path for path in files_of(file.parent) if path.suffix in SOURCES]
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.relative_to(file.parent).as_posix()}\0{file_digest(path)}\n".encode())

@@ -224,7 +224,10 @@ def test_a_package_digest_follows_its_code(tmp_path: Path, monkeypatch: pytest.M
     (package / "notes.md").write_text("two")
     assert digest("somebody") == first
     (package / "deep.py").write_text("x = 1")
-    assert digest("somebody") != first
+    second = digest("somebody")
+    assert second != first
+    (package / "kernel.cu").write_text("// x")
+    assert digest("somebody") not in (first, second)
 
 
 def test_stages_that_need_each_other_are_refused() -> None:

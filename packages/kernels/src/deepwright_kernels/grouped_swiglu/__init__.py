@@ -35,7 +35,7 @@ def grouped_swiglu(x_TD: Tensor, gate_up_EID: Tensor, order: ExpertOrder) -> Ten
     """x_TD [T, D], gate_up_EID [E, 2·I, D], gate first -> h_RI [R, I] in expert order, with gradients for both.
 
     h = silu(x · gateᵀ) · (x · upᵀ) with the weights of the expert that the row belongs to; zeros in an expert's gap.
-    Rows past the last end may hold anything.
+    Rows past the last expert's end may hold anything.
     """
     x_TD, gate_up_EID = in_autocast_dtype(x_TD, gate_up_EID)
     require_shape(NAME, "x_TD", x_TD, (order.place_TK.shape[0], None), "[T, D]")
