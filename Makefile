@@ -40,7 +40,7 @@ pipeline: setup  ## text to a served reasoning model
 	$(BIN)/deepwright run pipeline $(ARGS)
 
 test: setup  ## every test that this machine can run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 ui: setup  ## the pages of the workflow and the tracker, and a worker
 	$(BIN)/deepwright up $(ARGS)

@@ -1,5 +1,7 @@
 """For every test: an interrupt reaches the processes that tests start, and no test's blocked plugins reach the next.
 
+Files that take minutes come first: with two processes, one of them would otherwise be left with such a file at the end.
+
 A shell that starts the tests in the background makes them ignore SIGINT, and ignoring is inherited; a handler is not.
 """
 
@@ -12,6 +14,11 @@ import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 BLOCK = "DEEPWRIGHT_BLOCK"
+LONG = ("tests/e2e/", "tests/test_packaging.py", "tests/flows/", "tests/kernels/test_interpreter.py", "tests/browser/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 @pytest.fixture(autouse=True)
