@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..cuda_source import Kernel, TensorMap, kernel
+from .registration import register
 from .triton import LOG2_E, describable, ends_of
 
 SOURCE = Path(__file__).with_name("hopper.cu")
@@ -105,15 +106,6 @@ def _forward(
     return out, sums_BHS
 
 
-@_forward.register_fake
-def _(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, starts_BS: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    batch, rows, heads, _ = q_BSHK.shape
-    return (
-        q_BSHK.new_empty((batch, rows, heads, v_BSGV.shape[-1])),
-        q_BSHK.new_empty((batch, heads, rows), dtype=torch.float32),
-    )
-
-
 @torch.library.custom_op("deepwright::packed_attention_hopper_backward", mutates_args=())
 def _backward(
     grad: Tensor,
@@ -161,31 +153,7 @@ def _backward(
     return dq, dk, dv
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    q_BSHK: Tensor,
-    k_BSGK: Tensor,
-    v_BSGV: Tensor,
-    starts_BS: Tensor | None,
-    out_BSHV: Tensor,
-    sums_BHS: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q_BSHK, k_BSGK, v_BSGV))
-    return dq, dk, dv
-
-
-def _keep(ctx, inputs, output) -> None:
-    q, k, v, starts, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, starts, *output)
-
-
-def _gradients(ctx, grad, _grad_sums):
-    return (*_backward(grad, *ctx.saved_tensors, ctx.scale), None, None)
-
-
-_forward.register_autograd(_gradients, setup_context=_keep)
+register(_forward, _backward)
 
 
 def packed_attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, starts_BS: Tensor | None, scale: float) -> Tensor:

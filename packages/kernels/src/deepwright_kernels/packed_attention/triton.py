@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .registration import register
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # A finite "nothing seen yet": with minus infinity, rows that a tile hides whole would need a branch against inf − inf.
 LOWEST = tl.constexpr(-3.0e38)
@@ -510,15 +512,6 @@ def _forward(
     return out, sums_BHS
 
 
-@_forward.register_fake
-def _(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, starts_BS: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    batch, rows, heads, _ = q_BSHK.shape
-    return (
-        q_BSHK.new_empty((batch, rows, heads, v_BSGV.shape[-1])),
-        q_BSHK.new_empty((batch, heads, rows), dtype=torch.float32),
-    )
-
-
 @torch.library.custom_op("deepwright::packed_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,
@@ -578,31 +571,7 @@ def _backward(
     return dq, dk, dv
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    q_BSHK: Tensor,
-    k_BSGK: Tensor,
-    v_BSGV: Tensor,
-    starts_BS: Tensor | None,
-    out_BSHV: Tensor,
-    sums_BHS: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q_BSHK, k_BSGK, v_BSGV))
-    return dq, dk, dv
-
-
-def _keep(ctx, inputs, output) -> None:
-    q, k, v, starts, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, starts, *output)
-
-
-def _gradients(ctx, grad, _grad_sums):
-    return (*_backward(grad, *ctx.saved_tensors, ctx.scale), None, None)
-
-
-_forward.register_autograd(_gradients, setup_context=_keep)
+register(_forward, _backward)
 
 
 def packed_attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, starts_BS: Tensor | None, scale: float) -> Tensor:
