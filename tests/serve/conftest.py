@@ -22,10 +22,11 @@ from deepwright_core.model.directory import save_model
 from deepwright_core.model.transformer import build_model
 from deepwright_core.tokenizer import Tokenizer
 from deepwright_core.tokenizer.bpe import BpeConfig, train
-from deepwright_serve.app import Service, create_app
+from deepwright_serve.app import create_app
 from deepwright_serve.command import listen
 from deepwright_serve.keys import Keys
 from deepwright_serve.limits import Limits
+from deepwright_serve.service import Service
 
 WORDS = ["What is 17 + 25? The answer is 42.", "def add(a, b):\n    return a + b\n", "Ein Käse für Zoë, 你好 🙂"]
 

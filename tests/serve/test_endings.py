@@ -16,8 +16,8 @@ from deepwright_core import plugins
 from deepwright_core.engine import Engine
 from deepwright_core.model.directory import load_model
 from deepwright_core.tokenizer import Tokenizer
-from deepwright_serve.app import Service
 from deepwright_serve.limits import Limits
+from deepwright_serve.service import Service
 
 LONG = "on and on " * 20
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deepwright_core.tokenizer import Conventions, Tokenizer
-from deepwright_serve.app import Service
+from deepwright_serve.service import Service
 
 from .conftest import ScriptedEngine
 

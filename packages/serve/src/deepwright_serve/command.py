@@ -34,9 +34,10 @@ from deepwright_core.model.directory import find_model, load_model
 from deepwright_core.stage import write_atomically
 from deepwright_core.tokenizer import Tokenizer
 
-from .app import Service, create_app
+from .app import create_app
 from .keys import Keys
 from .limits import Limits
+from .service import Service
 
 log = logging.getLogger("deepwright.serve")
 

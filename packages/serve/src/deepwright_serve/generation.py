@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from starlette.requests import Request
 from starlette.types import Receive
@@ -18,6 +18,7 @@ from starlette.types import Receive
 from deepwright_core.engine import SamplingParams, TokenEvent
 
 from .answer import Answer, Delta
+from .limits import Limits
 from .protocol import Usage
 from .refusal import Refusal
 from .scheduling import EngineThread, Ticket
@@ -137,3 +138,21 @@ async def unless_hung_up(request: Request, work: Awaitable[Result]) -> Result:
         for pending in (task, watch):
             pending.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def finish(http: Request, generation: Generation, limits: Limits) -> list[Any]:
+    """Run to the end; the finish reason of each answer."""
+
+    async def collect() -> list[Any]:
+        reasons: list[Any] = [None] * len(generation.answers)
+        async for updates in generation.updates():
+            for update in updates:
+                reasons[update.index] = update.finish_reason or reasons[update.index]
+        return reasons
+
+    with generation:
+        try:
+            async with asyncio.timeout(limits.request_seconds):
+                return await unless_hung_up(http, collect())
+        except TimeoutError:
+            raise Refusal.deadline(limits.request_seconds) from None
