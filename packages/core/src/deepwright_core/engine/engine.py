@@ -140,14 +140,15 @@ class Engine:
             plan = self._scheduler.plan()
             try:
                 tokens, logprobs = self._runner.run(plan)
-                if not math.isfinite(sum(logprobs)):
-                    broken = [s.request_id for s, p in zip(plan.rows, logprobs, strict=True) if not math.isfinite(p)]
+                if not math.isfinite(sum(map(sum, logprobs))):
+                    sums = zip(plan.rows, map(sum, logprobs), strict=True)
+                    broken = [sequence.request_id for sequence, total in sums if not math.isfinite(total)]
                     raise WorkError(f"The model's logits for requests {broken} are not finite; check its weights.")
             except BaseException:
                 self._scheduler.abandon_step()
                 raise
         events = self._scheduler.commit(plan, tokens, logprobs)
-        self._generation_tokens += len(tokens)
+        self._generation_tokens += len(events)
         for event in events:
             if event.finish_reason:
                 del self._sequences[event.request_id]

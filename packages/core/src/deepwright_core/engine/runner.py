@@ -133,15 +133,16 @@ class ModelRunner:
         self._rows: list[Sequence] = []
         self._any_random = self._any_truncated = False
 
-    def run(self, plan: Plan) -> tuple[list[int], list[float]]:
-        """Do the step; returns token and log-probability for each of `plan.rows`."""
+    def run(self, plan: Plan) -> tuple[list[list[int]], list[list[float]]]:
+        """Do the step; returns the tokens drawn for each of `plan.rows` and their log-probabilities."""
         self._align(plan)
         hidden = [self._decode(plan.decode)] if plan.decode else []
         hidden += self._prefill(plan)
         if not hidden:
             return [], []
         self._join(plan)
-        return self._draw(torch.cat(hidden) if len(hidden) > 1 else hidden[0], len(plan.rows))
+        tokens, logprobs = self._draw(torch.cat(hidden) if len(hidden) > 1 else hidden[0], len(plan.rows))
+        return [[token] for token in tokens], [[logprob] for logprob in logprobs]
 
     # Decode ------------------------------------------------------------------------------------------
 

@@ -87,23 +87,28 @@ class Scheduler:
         plan.rows = plan.decode + plan.joined
         return plan
 
-    def commit(self, plan: Plan, tokens: list[int], logprobs: list[float]) -> list[TokenEvent]:
-        """Append the tokens drawn for `plan.rows`, and let go of the sequences that they finish."""
+    def commit(self, plan: Plan, tokens: list[list[int]], logprobs: list[list[float]]) -> list[TokenEvent]:
+        """Append the tokens drawn for each of `plan.rows`, and let go of the sequences that they finish.
+
+        A row may have drawn several; those behind the one that ends its sequence are dropped.
+        """
         events = []
         rows = plan.rows
         ended = False
-        for sequence, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
-            reason: FinishReason | None = None
-            if token in sequence.stop_ids:
-                reason = "stop"
-            elif len(sequence.tokens) >= sequence.limit:
-                reason = "length"
-            events.append(TokenEvent(sequence.request_id, token, logprob, reason, sequence.cached_tokens))
-            if reason:
-                ended = True
-                self._let_go(sequence)
+        for sequence, row_tokens, row_logprobs in zip(rows, tokens, logprobs, strict=True):
+            for token, logprob in zip(row_tokens, row_logprobs, strict=True):
+                sequence.tokens.append(token)
+                sequence.logprobs.append(logprob)
+                reason: FinishReason | None = None
+                if token in sequence.stop_ids:
+                    reason = "stop"
+                elif len(sequence.tokens) >= sequence.limit:
+                    reason = "length"
+                events.append(TokenEvent(sequence.request_id, token, logprob, reason, sequence.cached_tokens))
+                if reason:
+                    ended = True
+                    self._let_go(sequence)
+                    break
         for sequence in plan.joined:
             sequence.decoding = sequence.request_id in self.admitted
         self.decoding = [sequence for sequence in rows if sequence.decoding] if ended else rows
