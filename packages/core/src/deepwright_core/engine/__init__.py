@@ -1,7 +1,20 @@
 """The generation engine: sequences, blocks, scheduler, runner and sampler, each with one idea of its own."""
 
 from .engine import Engine, EngineStats
+from .grammar import Grammar
 from .runner import CacheDtype
+from .scores import TokenScore
 from .sequence import Completion, SamplingParams, TokenEvent
+from .thinking import ThinkingControl
 
-__all__ = ["CacheDtype", "Completion", "Engine", "EngineStats", "SamplingParams", "TokenEvent"]
+__all__ = [
+    "CacheDtype",
+    "Completion",
+    "Engine",
+    "EngineStats",
+    "Grammar",
+    "SamplingParams",
+    "ThinkingControl",
+    "TokenEvent",
+    "TokenScore",
+]

@@ -139,15 +139,15 @@ class Engine:
         with torch.inference_mode(), self._evaluating():
             plan = self._scheduler.plan()
             try:
-                tokens, logprobs = self._runner.run(plan)
-                if not math.isfinite(sum(map(sum, logprobs))):
-                    sums = zip(plan.rows, map(sum, logprobs), strict=True)
-                    broken = [sequence.request_id for sequence, total in sums if not math.isfinite(total)]
+                drawn = self._runner.run(plan)
+                if not math.isfinite(sum(token.logprob for row in drawn for token in row)):
+                    sums = [sum(token.logprob for token in row) for row in drawn]
+                    broken = [s.request_id for s, p in zip(plan.rows, sums, strict=True) if not math.isfinite(p)]
                     raise WorkError(f"The model's logits for requests {broken} are not finite; check its weights.")
             except BaseException:
                 self._scheduler.abandon_step()
                 raise
-        events = self._scheduler.commit(plan, tokens, logprobs)
+        events = self._scheduler.commit(plan, drawn)
         self._generation_tokens += len(events)
         for event in events:
             if event.finish_reason:
@@ -228,7 +228,16 @@ class Engine:
                 if self.cancel(request_id):
                     self._cancelled.clear()
         return [
-            Completion(i, s.tokens[s.prompt_length :], s.logprobs, endings[i], s.cached_tokens)
+            Completion(
+                i,
+                s.tokens[s.prompt_length :],
+                s.logprobs,
+                endings[i],
+                s.cached_tokens,
+                s.scores,
+                s.prompt_scores,
+                s.forced if any(s.forced) else [],
+            )
             for i, s in zip(ids, sequences, strict=True)
         ]
 

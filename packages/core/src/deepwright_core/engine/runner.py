@@ -21,7 +21,7 @@ from ..errors import RequestError
 from ..model.cache import CacheBatch
 from .sampler import SamplingRows, sample
 from .scheduler import Chunk, Plan
-from .sequence import Sequence
+from .sequence import Drawn, Sequence
 
 CacheDtype = Literal["auto", "fp8"]
 
@@ -133,16 +133,15 @@ class ModelRunner:
         self._rows: list[Sequence] = []
         self._any_random = self._any_truncated = False
 
-    def run(self, plan: Plan) -> tuple[list[list[int]], list[list[float]]]:
-        """Do the step; returns the tokens drawn for each of `plan.rows` and their log-probabilities."""
+    def run(self, plan: Plan) -> list[list[Drawn]]:
+        """Do the step; returns the tokens drawn for each of `plan.rows`."""
         self._align(plan)
         hidden = [self._decode(plan.decode)] if plan.decode else []
         hidden += self._prefill(plan)
         if not hidden:
-            return [], []
+            return []
         self._join(plan)
-        tokens, logprobs = self._draw(torch.cat(hidden) if len(hidden) > 1 else hidden[0], len(plan.rows))
-        return [[token] for token in tokens], [[logprob] for logprob in logprobs]
+        return self._draw(torch.cat(hidden) if len(hidden) > 1 else hidden[0], len(plan.rows))
 
     # Decode ------------------------------------------------------------------------------------------
 
@@ -157,7 +156,7 @@ class ModelRunner:
         batch = CacheBatch(position_B1, slot_B1, blocks_BP, length_B, self.block_size)
         return self.model.extend(self._token_R[:count, None], self.cache, batch)[:, 0]
 
-    def _draw(self, hidden_BD: Tensor, count: int) -> tuple[list[int], list[float]]:
+    def _draw(self, hidden_BD: Tensor, count: int) -> list[list[Drawn]]:
         """Draw the next token of the first `count` rows, write it there, and bring it to the host."""
         length_B = self._length_R[:count]
         token_B, logprob_B = sample(
@@ -171,7 +170,8 @@ class ModelRunner:
         length_B += 1
         # Both in one copy: the bits of the float64 travel as int64.
         host_2B = torch.stack((token_B, logprob_B.view(torch.int64))).cpu().numpy()
-        return host_2B[0].tolist(), host_2B[1].view(np.float64).tolist()
+        tokens, logprobs = host_2B[0].tolist(), host_2B[1].view(np.float64).tolist()
+        return [[Drawn(token, logprob)] for token, logprob in zip(tokens, logprobs, strict=True)]
 
     # Prefill -----------------------------------------------------------------------------------------
 

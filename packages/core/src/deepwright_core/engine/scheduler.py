@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from .block_manager import BlockManager, block_digest, root_digest
-from .sequence import FinishReason, Sequence, TokenEvent
+from .sequence import Drawn, Sequence, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Scheduler:
         plan.rows = plan.decode + plan.joined
         return plan
 
-    def commit(self, plan: Plan, tokens: list[list[int]], logprobs: list[list[float]]) -> list[TokenEvent]:
+    def commit(self, plan: Plan, drawn: list[list[Drawn]]) -> list[TokenEvent]:
         """Append the tokens drawn for each of `plan.rows`, and let go of the sequences that they finish.
 
         A row may have drawn several; those behind the one that ends its sequence are dropped.
@@ -95,16 +95,21 @@ class Scheduler:
         events = []
         rows = plan.rows
         ended = False
-        for sequence, row_tokens, row_logprobs in zip(rows, tokens, logprobs, strict=True):
-            for token, logprob in zip(row_tokens, row_logprobs, strict=True):
-                sequence.tokens.append(token)
-                sequence.logprobs.append(logprob)
-                reason: FinishReason | None = None
-                if token in sequence.stop_ids:
-                    reason = "stop"
-                elif len(sequence.tokens) >= sequence.limit:
-                    reason = "length"
-                events.append(TokenEvent(sequence.request_id, token, logprob, reason, sequence.cached_tokens))
+        for sequence, tokens in zip(rows, drawn, strict=True):
+            for token in tokens:
+                reason = sequence.append(token)
+                events.append(
+                    TokenEvent(
+                        sequence.request_id,
+                        token.token_id,
+                        token.logprob,
+                        reason,
+                        sequence.cached_tokens,
+                        token.score,
+                        sequence.prompt_scores if len(sequence.logprobs) == 1 else None,
+                        token.forced,
+                    )
+                )
                 if reason:
                     ended = True
                     self._let_go(sequence)

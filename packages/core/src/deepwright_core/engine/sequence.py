@@ -7,10 +7,14 @@ Left out: text. Stop strings, templates and detokenising belong to whoever owns 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from ..errors import RequestError
+from .grammar import Grammar
+from .scores import MAX_ALTERNATIVES, TokenScore
+from .thinking import ThinkingControl
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -24,7 +28,16 @@ class SamplingParams:
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. Truncation is applied after temperature, in the
     order top_k, top_p (of what top_k left), min_p. `stop_ids` end the completion, as the end-of-text ids do unless
-    `ignore_eos`.
+    `ignore_eos`; before `min_tokens` tokens none of them can be drawn.
+
+    Before temperature, logits change in this order. repetition_penalty θ divides the positive and multiplies the
+    negative logits of tokens that stand in the prompt or the answer (Keskar et al. 2019, CTRL; 1 is off).
+    presence_penalty is subtracted from the logits of tokens that stand in the answer, frequency_penalty as many times
+    as they do (OpenAI's definition; 0 is off). logit_bias is added: pairs of token and bias.
+
+    scores: None, or how many alternatives come with each token's score. prompt_scores: the same for each token of the
+    prompt but the first; such a request computes its prompt itself instead of taking it from the prefix cache.
+    thinking, grammar: see there; with both, the grammar begins when thinking has ended.
     """
 
     max_tokens: int = 256
@@ -35,6 +48,15 @@ class SamplingParams:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    scores: int | None = None
+    prompt_scores: int | None = None
+    thinking: ThinkingControl | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing, all of them at once."""
@@ -49,6 +71,29 @@ class SamplingParams:
             problems.append(f"top_k is {self.top_k}; expected 0 (off) or a positive count of tokens.")
         if not 0 <= self.min_p <= 1:
             problems.append(f"min_p is {self.min_p}; expected a number from 0 (off) to 1.")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            problems.append(f"min_tokens is {self.min_tokens}; expected 0 to max_tokens, which is {self.max_tokens}.")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                problems.append(f"{name} is {getattr(self, name)}; expected a number from -2 to 2 (0 turns it off).")
+        if not 0 < self.repetition_penalty <= 100:
+            problems.append(
+                f"repetition_penalty is {self.repetition_penalty}; expected a number above 0 and at most 100 (1 turns "
+                "it off)."
+            )
+        biased = [token for token, _ in self.logit_bias]
+        problems += [
+            f"logit_bias gives token {token} {bias}; expected tokens from 0 and a number from -100 to 100."
+            for token, bias in self.logit_bias
+            if token < 0 or not -100 <= bias <= 100
+        ]
+        twice = sorted(token for token, count in Counter(biased).items() if count > 1)
+        if twice:
+            problems.append(f"logit_bias names tokens {twice} more than once; expected one bias a token.")
+        for name in ("scores", "prompt_scores"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= MAX_ALTERNATIVES:
+                problems.append(f"{name} is {count}; expected None or 0 to {MAX_ALTERNATIVES} alternatives.")
         if problems:
             raise RequestError(problems)
 
@@ -63,10 +108,22 @@ class SamplingParams:
         return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
-class TokenEvent(NamedTuple):
-    """One token of one request. A cancelled request gets a last event whose `token_id` is None.
+class Drawn(NamedTuple):
+    """A token that the runner drew for a sequence. forced: thinking control put it there; its logprob is 0."""
 
-    cached_tokens: how many tokens of the prompt were found in the prefix cache.
+    token_id: int
+    logprob: float
+    forced: bool = False
+    score: TokenScore | None = None
+
+
+class TokenEvent(NamedTuple):
+    """One token of one request; a step may give a request several.
+
+    A cancelled request gets a last event whose `token_id` is None.
+    cached_tokens: how many tokens of the prompt were found in the prefix cache. score: when `SamplingParams.scores`
+    asks. prompt_scores: when that asks, on the request's first event; one for each token of the prompt but the first.
+    forced: the token was put there by thinking control (its logprob is 0); a policy that learns must leave it out.
     """
 
     request_id: int
@@ -74,14 +131,19 @@ class TokenEvent(NamedTuple):
     logprob: float
     finish_reason: FinishReason | None
     cached_tokens: int = 0
+    score: TokenScore | None = None
+    prompt_scores: tuple[TokenScore, ...] | None = None
+    forced: bool = False
 
 
 @dataclass(frozen=True)
 class Completion:
     """A finished request. `token_ids` ends in the stop token when there was one.
 
-    logprobs: log-probability of each token under the distribution that it was drawn from (temperature and truncation
-    applied); of a greedy request under the plain softmax.
+    logprobs: log-probability of each token under the distribution that it was drawn from (temperature, truncation and
+    whatever else was asked for applied); of a greedy request at temperature 1. scores, prompt_scores: as in
+    `TokenEvent`; scores is empty when none were asked for. forced: which of token_ids thinking control put there;
+    empty when none was.
     """
 
     request_id: int
@@ -89,6 +151,9 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     cached_tokens: int = 0
+    scores: list[TokenScore] = field(default_factory=list)
+    prompt_scores: tuple[TokenScore, ...] | None = None
+    forced: list[bool] = field(default_factory=list)
 
 
 class Sequence:
@@ -106,14 +171,17 @@ class Sequence:
         "computed",
         "decoding",
         "digests",
+        "forced",
         "limit",
         "logprobs",
         "params",
         "prompt_length",
+        "prompt_scores",
         "published",
         "request_id",
         "row",
         "salt",
+        "scores",
         "stop_ids",
         "tokens",
     )
@@ -132,6 +200,9 @@ class Sequence:
         self.tokens = prompt
         self.prompt_length = len(prompt)
         self.logprobs: list[float] = []
+        self.forced: list[bool] = []
+        self.scores: list[TokenScore] = []
+        self.prompt_scores: tuple[TokenScore, ...] | None = None
         self.params = params
         self.limit = limit  # length in tokens at which it ends with "length"
         self.stop_ids = stop_ids
@@ -147,3 +218,14 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def append(self, drawn: Drawn) -> FinishReason | None:
+        """Take the next token; why the sequence ends with it, or None."""
+        self.tokens.append(drawn.token_id)
+        self.logprobs.append(drawn.logprob)
+        self.forced.append(drawn.forced)
+        if drawn.score is not None:
+            self.scores.append(drawn.score)
+        if drawn.token_id in self.stop_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= self.limit else None
