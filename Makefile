@@ -49,7 +49,7 @@ lint: setup  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup  ## every benchmark, or those named: make bench ARGS="benchmarks/engine.py"
+bench: setup  ## every benchmark, or those named: make bench ARGS="benchmarks/serve.py"
 	@set -e; for script in $(if $(ARGS),$(ARGS),$(sort $(wildcard benchmarks/*.py))); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 

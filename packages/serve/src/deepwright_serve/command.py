@@ -43,7 +43,6 @@ log = logging.getLogger("deepwright.serve")
 
 PORT = 8000
 CACHE_TOKENS = 65536
-BLOCK_SIZE = 16
 # Beyond the limit for draining: the step in progress and the last words to each client.
 CUT_OFF_SECONDS = 10
 
@@ -121,12 +120,10 @@ def load_service(
         model,
         tokenizer.end_ids,
         cache_tokens=cache_tokens,
-        block_size=BLOCK_SIZE,
         max_batch=limits.running,
         cache_dtype=cache_dtype,
     )
-    # One block is the padding's.
-    context = min(model.max_positions, cache_tokens - BLOCK_SIZE)
+    context = min(model.max_positions, engine.cache_capacity)
     return Service(engine, tokenizer, name, context, limits)
 
 

@@ -21,7 +21,7 @@ import torch
 
 from ..errors import RequestError, WorkError
 from .block_manager import BlockManager
-from .runner import CacheDtype, GenerationModel, ModelRunner
+from .runner import CacheDtype, GenerationModel, GraphsOption, ModelRunner
 from .scheduler import Scheduler
 from .sequence import Completion, SamplingParams, Sequence, TokenEvent
 
@@ -44,12 +44,18 @@ class EngineStats:
     cached_prompt_tokens: int
 
 
+# What the decode kernels for GPUs read at a time; on a CPU, shorter blocks share more of what prompts have in common.
+GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 64, 16
+
+
 class Engine:
     """Continuous batching over a paged cache.
 
-    eos_id: the id (or ids) that end a completion. cache_tokens: tokens that the cache holds, in blocks of block_size.
-    max_batch: sequences that run at once. max_prefill_tokens: prompt tokens of one step. cache_dtype: "auto" caches in
-    the weights' dtype, "fp8" in the attention's FP8 form (latent attention: 57 % of bf16's bytes, near its answers).
+    eos_id: the id (or ids) that end a completion. cache_tokens: tokens that the cache holds, in blocks of block_size
+    (None: 64 on a GPU, 16 elsewhere). max_batch: sequences that run at once. max_prefill_tokens: prompt tokens of one
+    step. cache_dtype: "auto" caches in the weights' dtype, "fp8" in the attention's FP8 form (latent attention: 57 % of
+    bf16's bytes, near its answers). graphs: "auto" decodes through CUDA graphs on a GPU; "off" starts every kernel by
+    itself, for models that cannot be captured or whose steps are to be looked at.
     """
 
     def __init__(
@@ -58,11 +64,15 @@ class Engine:
         eos_id: int | Iterable[int],
         *,
         cache_tokens: int = 65536,
-        block_size: int = 16,
+        block_size: int | None = None,
         max_batch: int = 256,
         max_prefill_tokens: int = 8192,
         cache_dtype: CacheDtype = "auto",
+        graphs: GraphsOption = "auto",
     ) -> None:
+        if block_size is None:
+            on_gpu = next(iter(model.parameters())).device.type == "cuda"
+            block_size = GPU_BLOCK_SIZE if on_gpu else CPU_BLOCK_SIZE
         sizes = {
             "cache_tokens": cache_tokens,
             "block_size": block_size,
@@ -74,6 +84,8 @@ class Engine:
             problems.append(f"cache_tokens is {cache_tokens}; expected at least one block (block_size {block_size}).")
         if cache_dtype not in get_args(CacheDtype):
             problems.append(f"cache_dtype is '{cache_dtype}'; expected auto or fp8.")
+        if graphs not in get_args(GraphsOption):
+            problems.append(f"graphs is '{graphs}'; expected auto or off.")
         if problems:
             raise RequestError(problems)
         blocks = cache_tokens // block_size
@@ -90,6 +102,7 @@ class Engine:
             max_batch=max_batch,
             row_blocks=math.ceil(min(model.max_positions, self.cache_capacity) / block_size),
             cache_dtype=cache_dtype,
+            graphs=graphs,
         )
         self._sequences: dict[int, Sequence] = {}  # unfinished
         self._cancelled: list[TokenEvent] = []  # to be told by the next step
@@ -183,6 +196,7 @@ class Engine:
         The prefix cache is dropped; requests under way keep their tokens and are prefilled again.
         """
         self._scheduler.new_weights()
+        self._runner.weights_changed()
 
     # Batches -----------------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 The runner keeps, on the model's device, one row for each decoding sequence (last token, length, block table, sampling
 parameters), so that a decode step builds nothing: it slices the rows, and afterwards writes the drawn tokens into them.
-The host hears of a step once, when tokens and log-probabilities come over together.
-Left out: CUDA graphs, several devices.
+The host hears of a step once, when tokens and log-probabilities come over together. On a GPU the model's part of a
+decode step is a CUDA graph (`graphs`), for which rows and block tables are padded to a few sizes.
+Left out: several devices.
 
 Shapes: R rows (`max_batch` of them), B sequences of one call, Q new tokens of each, P blocks, N slots, D hidden size.
 """
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..model.cache import CacheBatch
+from .graphs import Graphs, padded, row_sizes, width_sizes
 from .sampler import SamplingRows, sample
 from .scheduler import Chunk, Plan
 from .sequence import Drawn, Sequence
 
 CacheDtype = Literal["auto", "fp8"]
+GraphsOption = Literal["auto", "off"]
 
 FREE_PADDING = 256
 PADDING_SHARE = 0.25
@@ -109,6 +112,7 @@ class ModelRunner:
         max_batch: int,
         row_blocks: int,
         cache_dtype: CacheDtype,
+        graphs: GraphsOption,
     ) -> None:
         weight = next(iter(model.parameters()))
         self.model = model
@@ -121,7 +125,7 @@ class ModelRunner:
             return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)
 
         self._token_R = column(torch.int64)
-        self._length_R = column(torch.int64)
+        self._length_R = column(torch.int64).fill_(1)
         self._blocks_RP = column(torch.int64, row_blocks)
         self._sampling_R = SamplingRows(
             temperature_B=column(torch.float32),
@@ -130,8 +134,11 @@ class ModelRunner:
             top_k_B=column(torch.int64),
             seed_B=column(torch.int64),
         )
-        self._rows: list[Sequence] = []
+        self._filled = 0  # rows from here on are padding: token 0, length 1, all blocks 0
         self._any_random = self._any_truncated = False
+        self._graphs = Graphs(self.device) if graphs == "auto" and self.device.type == "cuda" else None
+        self._row_sizes, self._width_sizes = row_sizes(max_batch), width_sizes(block_size, row_blocks)
+        self._addresses = self._weight_addresses()
 
     def run(self, plan: Plan) -> list[list[Drawn]]:
         """Do the step; returns the tokens drawn for each of `plan.rows`."""
@@ -143,12 +150,28 @@ class ModelRunner:
         self._join(plan)
         return self._draw(torch.cat(hidden) if len(hidden) > 1 else hidden[0], len(plan.rows))
 
+    def weights_changed(self) -> None:
+        """The model's parameters were written to; where they lie elsewhere than before, graphs are captured anew."""
+        addresses = self._weight_addresses()
+        if addresses != self._addresses and self._graphs is not None:
+            self._graphs.forget()
+        self._addresses = addresses
+
+    def _weight_addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.model.parameters()]
+
     # Decode ------------------------------------------------------------------------------------------
 
     def _decode(self, sequences: list[Sequence]) -> Tensor:
         """Hidden states [B, D] of the last token of each row."""
-        count = len(sequences)
-        width = max(len(sequence.blocks) for sequence in sequences)
+        count, width = len(sequences), max(len(sequence.blocks) for sequence in sequences)
+        if self._graphs is None:
+            return self._extend_rows(count, width)
+        rows, width = padded(count, self._row_sizes), padded(width, self._width_sizes)
+        return self._graphs.run((rows, width), lambda: self._extend_rows(rows, width))[:count]
+
+    def _extend_rows(self, count: int, width: int) -> Tensor:
+        """One call of the model over the first `count` rows and `width` of their blocks: hidden states [B, D]."""
         length_B, blocks_BP = self._length_R[:count], self._blocks_RP[:count, :width]
         position_B1 = (length_B - 1)[:, None]
         block_B1 = blocks_BP.gather(1, position_B1 // self.block_size)
@@ -225,6 +248,13 @@ class ModelRunner:
                 column[to] = column[of]
             for row, _ in moved:
                 plan.decode[row].row = row
+        count = len(plan.decode)
+        if count < self._filled:  # who left must not be written for: its blocks may be another's
+            left = slice(count, self._filled)
+            self._token_R[left] = 0
+            self._length_R[left] = 1
+            self._blocks_RP[left] = 0
+        self._filled = count
         if plan.grown:
             rows = self._tensor([s.row for s in plan.grown])
             places = self._tensor([len(s.blocks) - 1 for s in plan.grown])
@@ -238,6 +268,7 @@ class ModelRunner:
         self._any_random = any(not s.params.greedy for s in plan.rows)
         self._any_truncated = any(s.params.truncated for s in plan.rows)
         first, joined = len(plan.decode), plan.joined
+        self._filled = first + len(joined)
         span = slice(first, first + len(joined))
         blocks_BP = np.zeros((len(joined), self._blocks_RP.shape[1]), dtype=np.int64)
         for offset, sequence in enumerate(joined):

@@ -1,0 +1,1 @@
+"""What `benchmarks/serve.py` measures, one idea a file."""
