@@ -7,6 +7,7 @@ time, in Python; `forward` never sees a cache. What they share is only the weigh
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -220,6 +221,19 @@ def test_salts_do_not_share() -> None:
     engine = Engine(MODEL, EOS, block_size=4)
     for salt, cached in (("a", 0), ("b", 0), ("", 0), ("a", 12), ("b", 12)):
         assert engine.generate([list(range(14))], GREEDY, salt=salt)[0].cached_tokens == cached
+
+
+def test_events_tell_when_a_request_was_first_admitted() -> None:
+    engine = Engine(MODEL, EOS, block_size=4, max_batch=1)
+    before = time.monotonic()
+    first, second = (engine.add([5, 6, 7], SamplingParams(max_tokens=3, ignore_eos=True)) for _ in range(2))
+    admitted: dict[int, set[float]] = {first: set(), second: set()}
+    while engine.has_work:
+        for event in engine.step():
+            admitted[event.request_id].add(event.admitted_at)
+    (one,), (two,) = admitted[first], admitted[second]
+    # The second had to wait for the first one's place.
+    assert before <= one < two <= time.monotonic()
 
 
 def test_stop_ids_and_ignored_eos() -> None:

@@ -10,6 +10,7 @@ Left out: priorities and fairness between tenants (the server queues in front), 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -108,6 +109,7 @@ class Scheduler:
                         token.score,
                         sequence.prompt_scores if len(sequence.logprobs) == 1 else None,
                         token.forced,
+                        sequence.admitted_at,
                     )
                 )
                 if reason:
@@ -181,8 +183,8 @@ class Scheduler:
         sequence.blocks = shared + self.manager.allocate(needed)
         sequence.computed = len(shared) * size
         sequence.published = len(shared)
-        if not sequence.admitted_before:
-            sequence.admitted_before = True
+        if not sequence.admitted_at:
+            sequence.admitted_at = time.monotonic()
             sequence.cached_tokens = sequence.computed
             self.cached_prompt_tokens += sequence.computed
             self.prompt_tokens += sequence.prompt_length

@@ -124,6 +124,7 @@ class TokenEvent(NamedTuple):
     cached_tokens: how many tokens of the prompt were found in the prefix cache. score: when `SamplingParams.scores`
     asks. prompt_scores: when that asks, on the request's first event; one for each token of the prompt but the first.
     forced: the token was put there by thinking control (its logprob is 0); a policy that learns must leave it out.
+    admitted_at: when the request first got its place in the cache, in seconds of `time.monotonic`.
     """
 
     request_id: int
@@ -134,6 +135,7 @@ class TokenEvent(NamedTuple):
     score: TokenScore | None = None
     prompt_scores: tuple[TokenScore, ...] | None = None
     forced: bool = False
+    admitted_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "admitted_before",
+        "admitted_at",
         "blocks",
         "cached_tokens",
         "computed",
@@ -212,7 +214,7 @@ class Sequence:
         self.published = 0  # how many of its blocks were offered to the prefix cache
         self.computed = 0
         self.decoding = False
-        self.admitted_before = False
+        self.admitted_at = 0.0  # seconds of time.monotonic, once it was
         self.cached_tokens = 0
         self.row = -1  # where the runner keeps it
 
