@@ -95,8 +95,8 @@ def test_stop_keeps_what_was_said_and_frees_the_engine(
     serve_script: Callable[..., Any], new_page: Callable[..., Any]
 ) -> None:
     server = serve_script("word " * 2000)
-    server.engine.script = lambda prompt: server.service.tokenizer.encode("word " * 60_000)
-    server.service.context = 1 << 20
+    server.engine.script = lambda prompt: server.served.tokenizer.encode("word " * 60_000)
+    server.served.context = 1 << 20
     page = new_page(server)
     page.click("#open-settings")
     page.fill("#max-tokens", "900000")
@@ -145,7 +145,7 @@ def test_conversation_and_controls_survive_a_reload(
     ask(page, "Again?")
     answered(page, 2)
     prompt, params, _ = server.engine.asked[-1]
-    tokenizer = server.service.tokenizer
+    tokenizer = server.served.tokenizer
     assert (params.max_tokens, params.temperature) == (77, 0.25)
     assert prompt[-2:] == [tokenizer.think_start_id, tokenizer.think_end_id]
     text = tokenizer.decode(prompt)
@@ -206,7 +206,7 @@ def test_it_fits_and_can_be_read(
 ) -> None:
     long_line = "x" * 300
     server = serve_script(f"{long_line}\n\n```\n{long_line}\n```\n\n| {' | '.join('abcdefgh')} |\n{'|---' * 8}|\n")
-    server.service.context = 4096
+    server.served.context = 4096
     page = new_page(server, viewport={"width": width, "height": height}, color_scheme=scheme)
     ask(page, long_line)
     answered(page)

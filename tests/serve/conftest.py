@@ -26,6 +26,8 @@ from deepwright_serve.app import create_app
 from deepwright_serve.command import listen
 from deepwright_serve.keys import Keys
 from deepwright_serve.limits import Limits
+from deepwright_serve.roster import Roster, Served
+from deepwright_serve.scheduling import EngineLike, EngineThread
 from deepwright_serve.service import Service
 
 WORDS = ["What is 17 + 25? The answer is 42.", "def add(a, b):\n    return a + b\n", "Ein Käse für Zoë, 你好 🙂"]
@@ -109,12 +111,22 @@ class ScriptedEngine:
         return events
 
 
+def service_of(
+    engine: EngineLike, tokenizer: Tokenizer, context: int = 256, limits: Limits | None = None, keys: Keys | None = None
+) -> Service:
+    """A service with one model, `tiny`."""
+    limits = limits or Limits()
+    served = Served("tiny", EngineThread(engine, limits.running + limits.waiting), tokenizer, context)
+    return Service(Roster([served]), limits, keys)
+
+
 class Running:
-    """A service that is being served, and a client for it."""
+    """A service that is being served, and a client for it. `served` and `engine` are its first model's."""
 
     def __init__(self, service: Service, address: str) -> None:
         self.service = service
-        self.engine: Any = service.engine
+        self.served = service.roster.models()[0]
+        self.engine: Any = engine_of(service)
         self.address = address
         self.client = httpx.Client(base_url=address, timeout=20, trust_env=False)
 
@@ -125,9 +137,14 @@ class Running:
     def until_idle(self) -> None:
         """Wait until nothing runs any more; fails if that does not happen."""
         deadline = time.monotonic() + 10
-        while self.service.thread.open or self.engine.has_work:
+        while self.served.thread.open or self.engine.has_work:
             assert time.monotonic() < deadline, "work was left in the engine"
             time.sleep(0.005)
+
+
+def engine_of(service: Service) -> Any:
+    """The engine behind the first model."""
+    return service.roster.models()[0].thread._engine
 
 
 @contextmanager
@@ -147,8 +164,9 @@ def running(service: Service) -> Iterator[Running]:
         with served.client:
             yield served
     finally:
-        if hasattr(service.engine, "gate"):
-            service.engine.gate.set()
+        engine = engine_of(service)
+        if hasattr(engine, "gate"):
+            engine.gate.set()
         server.should_exit = True
         thread.join(10)
         listener.close()
@@ -162,9 +180,7 @@ def serve_script(tokenizer: Tokenizer) -> Iterator[Callable[..., Running]]:
 
         def start(answer: str = "Hello, Zoë!", *, keys: list[str] | None = None, **limits: Any) -> Running:
             engine = ScriptedEngine(lambda prompt: tokenizer.encode(answer, allow_special=True), tokenizer.eos_id)
-            service = Service(
-                engine, tokenizer, "tiny", 256, Limits(**limits), keys=None if keys is None else Keys(keys)
-            )
+            service = service_of(engine, tokenizer, limits=Limits(**limits), keys=None if keys is None else Keys(keys))
             return stack.enter_context(running(service))
 
         yield start

@@ -19,6 +19,8 @@ from deepwright_core.tokenizer import Tokenizer
 from deepwright_serve.limits import Limits
 from deepwright_serve.service import Service
 
+from .conftest import service_of
+
 LONG = "on and on " * 20
 
 
@@ -58,7 +60,7 @@ def test_a_full_queue_is_429_and_room_comes_back(serve_script: Callable[..., Any
     threads = [threading.Thread(target=lambda: replies.append(server.chat())) for _ in range(3)]
     for thread in threads:
         thread.start()
-    until(lambda: server.service.thread.open == 3)
+    until(lambda: server.served.thread.open == 3)
     for stream in (False, True):
         refused = server.chat(stream=stream)
         assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
@@ -89,7 +91,7 @@ def test_health_wants_a_token(serve_script: Callable[..., Any]) -> None:
     assert server.client.get("/health").json() == {"status": "ok"}
     assert server.engine.asked[0][1].max_tokens == 1
     server.engine.gate.clear()
-    server.service.thread.last_token_at = -1e9
+    server.served.thread.last_token_at = -1e9
     stuck = server.client.get("/health")
     assert stuck.status_code == 503 and stuck.json()["error"]["code"] == "engine_stuck"
     server.until_idle()
@@ -112,12 +114,12 @@ def test_an_engine_that_keeps_failing_is_given_up(serve_script: Callable[..., An
     assert [server.chat().status_code for _ in range(4)] == [500, 500, 503, 503]
     for path in ("/health", "/ready"):
         assert server.client.get(path).status_code == 503
-    assert server.service.thread.open == 0
+    assert server.served.thread.open == 0
 
 
 def test_what_the_engine_refuses_is_a_400(serve_script: Callable[..., Any]) -> None:
     server = serve_script()
-    server.service.tokenizer = _WithToken(server.service.tokenizer)
+    server.served.tokenizer = _WithToken(server.served.tokenizer)
     refused = server.client.post("/v1/completions", json={"model": "tiny", "prompt": [777_777]})
     assert refused.status_code == 400 and "777777" in refused.json()["error"]["message"]
     server.until_idle()
@@ -139,7 +141,7 @@ def test_a_hundred_requests_with_random_hang_ups_leave_nothing(
 ) -> None:
     model = load_model(model_directory, plugins.installed().registry)
     engine = Engine(model, tokenizer.eos_id, cache_tokens=1024, max_batch=16)
-    service = Service(engine, tokenizer, "tiny", 256, Limits(running=16, waiting=200))
+    service = service_of(engine, tokenizer, limits=Limits(running=16, waiting=200))
     random.seed(5)
 
     async def one(client: httpx.AsyncClient, number: int) -> str:

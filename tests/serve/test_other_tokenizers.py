@@ -11,12 +11,12 @@ import pytest
 from deepwright_core.tokenizer import Conventions, Tokenizer
 from deepwright_serve.service import Service
 
-from .conftest import ScriptedEngine
+from .conftest import ScriptedEngine, service_of
 
 
 def serve(tokenizer: Tokenizer, serve_service: Callable[[Service], Any], says: str) -> Any:
     engine = ScriptedEngine(lambda prompt: tokenizer.encode(says, allow_special=True), min(tokenizer.end_ids))
-    return serve_service(Service(engine, tokenizer, "tiny", 256))
+    return serve_service(service_of(engine, tokenizer))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""The application: routes over one engine.
+"""The application: routes over a roster of models.
 
 A chat request goes: body -> `protocol.ChatRequest` -> prompt ids (chat form) -> `Generation` -> JSON or SSE.
-Left out: tools, structured output, log-probabilities, metrics for dashboards, several models at once.
+Left out: tools, structured output, log-probabilities, metrics for dashboards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from .protocol import (
     Status,
 )
 from .reading import body_of
-from .refusal import ErrorReply, Refusal
+from .refusal import ErrorReply
+from .roster import Served
 from .service import Service
 
 
@@ -37,9 +38,9 @@ def create_app(service: Service) -> Edge:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.thread.start()
+        await service.roster.start()
         yield
-        await service.thread.stop()
+        await service.roster.stop()
 
     app = FastAPI(
         title="deepwright",
@@ -59,12 +60,7 @@ def create_app(service: Service) -> Edge:
 
     @app.get("/ready", response_model=Status, responses={503: {"model": ErrorReply}}, summary="May requests be sent?")
     async def ready() -> Status:
-        if service.door.draining:
-            raise Refusal(503, "The server is shutting down.", code="shutting_down")
-        if service.thread.broken is not None:
-            raise Refusal(503, f"The engine has stopped: {service.thread.broken}.", code="engine_failed")
-        if service.thread.open >= service.thread.capacity:
-            raise Refusal(503, "Every place is taken.", code="queue_full")
+        service.require_ready()
         return Status()
 
     @app.get("/health", response_model=Status, responses={503: {"model": ErrorReply}}, summary="Does it generate?")
@@ -72,17 +68,16 @@ def create_app(service: Service) -> Edge:
         await service.prove_alive()
         return Status()
 
-    def card() -> ModelCard:
-        return ModelCard(id=service.name, created=service.created, max_model_len=service.context)
+    def card(served: Served) -> ModelCard:
+        return ModelCard(id=served.name, created=served.created, max_model_len=served.context)
 
     @app.get("/v1/models", response_model=ModelList, responses={401: {"model": ErrorReply}})
     async def models() -> ModelList:
-        return ModelList(data=[card()])
+        return ModelList(data=[card(served) for served in service.roster.models()])
 
     @app.get("/v1/models/{name:path}", response_model=ModelCard, responses=only(401, 404))
     async def model(name: str) -> ModelCard:
-        service.require_model(name)
-        return card()
+        return card(service.roster.find(name))
 
     @app.post(
         "/v1/chat/completions",
@@ -92,7 +87,8 @@ def create_app(service: Service) -> Edge:
         summary="Answer a conversation",
     )
     async def chat_completions(http: Request, request: ChatRequest = chat_body) -> Response:
-        return await answer_chat(service, http, request)
+        with service.roster.lease(request.model) as served:
+            return await answer_chat(service, served, http, request)
 
     @app.post(
         "/v1/completions",
@@ -102,7 +98,8 @@ def create_app(service: Service) -> Edge:
         summary="Continue a text",
     )
     async def completions(http: Request, request: CompletionRequest = completion_body) -> Response:
-        return await complete_text(service, http, request)
+        with service.roster.lease(request.model) as served:
+            return await complete_text(service, served, http, request)
 
     describe_bodies(app, ChatRequest, CompletionRequest)
     app.state.service = service

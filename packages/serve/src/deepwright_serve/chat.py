@@ -15,28 +15,28 @@ from deepwright_core.chat import opens_thinking
 from .answer import Answer
 from .generation import Generation, finish
 from .protocol import AnswerMessage, ChatChoice, ChatChunk, ChatReply, ChatRequest
+from .roster import Served
 from .service import Service
 from .streaming import EventStream
 
 
-async def answer_chat(service: Service, http: Request, request: ChatRequest) -> Response:
+async def answer_chat(service: Service, served: Served, http: Request, request: ChatRequest) -> Response:
     """POST /v1/chat/completions."""
-    service.require_model(request.model)
-    service.require_room_at_all(request.choices)
+    service.require_room_at_all(served, request.choices)
     messages = [
         {"role": "system" if message.role == "developer" else message.role, "content": message.text}
         for message in request.messages
     ]
-    tokenizer = service.tokenizer
+    tokenizer = served.tokenizer
     prompt = await asyncio.to_thread(tokenizer.chat, messages, thinking=request.thinking_mode)
-    params = service.params(request, prompt, request.length)
+    params = service.params(served, request, prompt, request.length)
     opened = opens_thinking(tokenizer, prompt)
     answers = [Answer(tokenizer, stops=request.stops, thinking=opened) for _ in params]
-    generation = Generation(service.thread, [prompt] * len(params), params, answers, http.state.tenant)
+    generation = Generation(served.thread, [prompt] * len(params), params, answers, http.state.tenant)
     head: dict[str, Any] = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "created": int(time.time()),
-        "model": service.name,
+        "model": served.name,
     }
     if request.stream:
         return EventStream(generation, _chat_chunks(generation, head, request.wants_usage), service.limits)

@@ -37,6 +37,8 @@ from deepwright_core.tokenizer import Tokenizer
 from .app import create_app
 from .keys import Keys
 from .limits import Limits
+from .roster import Roster, Served
+from .scheduling import EngineThread
 from .service import Service
 
 log = logging.getLogger("deepwright.serve")
@@ -80,7 +82,7 @@ def serve(
     with listener:
         if threads:
             torch.set_num_threads(threads)
-        service = load_service(
+        served = load_served(
             directory,
             name=name,
             device=device,
@@ -89,12 +91,15 @@ def serve(
             cache_dtype=cache_dtype,
             limits=limits,
         )
-        service.keys, service.local = keys, local
-        service.door.keys, service.door.local = keys, local
-        run(service, listener, address_file=address_file, end_with_stdin=end_with_stdin)
+        run(
+            Service(Roster([served]), limits, keys, local),
+            listener,
+            address_file=address_file,
+            end_with_stdin=end_with_stdin,
+        )
 
 
-def load_service(
+def load_served(
     directory: Path,
     *,
     name: str,
@@ -103,8 +108,8 @@ def load_service(
     cache_tokens: int,
     cache_dtype: CacheDtype,
     limits: Limits,
-) -> Service:
-    """Model, tokenizer and engine of a model directory."""
+) -> Served:
+    """Model, tokenizer and engine of a model directory, ready to be put on a roster."""
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError:
@@ -124,7 +129,7 @@ def load_service(
         cache_dtype=cache_dtype,
     )
     context = min(model.max_positions, engine.cache_capacity)
-    return Service(engine, tokenizer, name, context, limits)
+    return Served(name, EngineThread(engine, limits.running + limits.waiting), tokenizer, context)
 
 
 def is_loopback(host: str) -> bool:
@@ -179,13 +184,15 @@ class GracefulServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let what runs finish within the limit; then tell it that it was cut off."""
-        limit = asyncio.get_running_loop().call_later(
-            self._service.limits.drain_seconds, self._service.thread.interrupt
-        )
+        limit = asyncio.get_running_loop().call_later(self._service.limits.drain_seconds, self._interrupt)
         try:
             await super().shutdown(sockets)
         finally:
             limit.cancel()
+
+    def _interrupt(self) -> None:
+        for thread in self._service.roster.threads():
+            thread.interrupt()
 
 
 def run(
@@ -200,7 +207,8 @@ def run(
         record = {"address": address, "host": host, "port": port, "pid": os.getpid()}
         if address_file is not None:
             write_atomically(address_file, json.dumps(record) + "\n")
-        click.echo(f"{service.name} answers at {address} (chat in a browser, OpenAI clients under {address}/v1).")
+        names = ", ".join(served.name for served in service.roster.models())
+        click.echo(f"{names} answers at {address} (chat in a browser, OpenAI clients under {address}/v1).")
 
     config = uvicorn.Config(
         create_app(service),

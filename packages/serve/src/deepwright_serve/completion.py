@@ -16,26 +16,26 @@ from .answer import Continuation
 from .generation import Generation, finish
 from .protocol import CompletionReply, CompletionRequest, TextChoice
 from .refusal import Refusal
+from .roster import Served
 from .service import Service
 from .streaming import EventStream
 
 
-async def complete_text(service: Service, http: Request, request: CompletionRequest) -> Response:
+async def complete_text(service: Service, served: Served, http: Request, request: CompletionRequest) -> Response:
     """POST /v1/completions."""
-    service.require_model(request.model)
-    service.require_room_at_all(request.choices * len(request.prompts))
-    encoded = await asyncio.to_thread(_encode, service.tokenizer, request.prompts)
+    service.require_room_at_all(served, request.choices * len(request.prompts))
+    encoded = await asyncio.to_thread(_encode, served.tokenizer, request.prompts)
     prompts, params = [], []
     for prompt in encoded:
-        of_prompt = service.params(request, prompt, request.max_tokens)
+        of_prompt = service.params(served, request, prompt, request.max_tokens)
         params += of_prompt
         prompts += [prompt] * len(of_prompt)
-    answers = [Continuation(service.tokenizer, stops=request.stops) for _ in params]
-    generation = Generation(service.thread, prompts, params, answers, http.state.tenant)
+    answers = [Continuation(served.tokenizer, stops=request.stops) for _ in params]
+    generation = Generation(served.thread, prompts, params, answers, http.state.tenant)
     head: dict[str, Any] = {
         "id": f"cmpl-{secrets.token_hex(12)}",
         "created": int(time.time()),
-        "model": service.name,
+        "model": served.name,
     }
     if request.stream:
         return EventStream(generation, _text_chunks(generation, head, request.wants_usage), service.limits)

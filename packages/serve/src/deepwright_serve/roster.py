@@ -1,0 +1,135 @@
+"""Which models answer, and under which names: the roster.
+
+    with service.roster.lease(request.model) as served:    # or Refusal 404
+        ...served.tokenizer, served.thread, served.context...
+
+A route leases the model for as long as it prepares a request (tokenizing happens off the event loop); once its answers
+are submitted, the engine's thread counts them. `replace` gives a name to another model from one moment to the next:
+requests that come later get the new one, and `retire` ends the old one when nothing of it is leased or open. Several
+names may share a thread (adapters on one engine); the thread ends with the last of them.
+
+Everything here is called on the event loop, so nothing needs a lock. Left out: loading models, and deciding which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from deepwright_core.tokenizer import Tokenizer
+
+from .refusal import Refusal
+from .scheduling import EngineThread
+
+# How often a model that is to end is asked whether it still has work.
+LOOK_SECONDS = 0.02
+
+
+@dataclass(eq=False)
+class Served:
+    """A model as requests see it.
+
+    context: most tokens that prompt and answer may have together. version: what of that name this is ("" unknown).
+    adapter: the adapter of the engine that answers ("" none). created: seconds since 1970.
+    """
+
+    name: str
+    thread: EngineThread
+    tokenizer: Tokenizer
+    context: int
+    version: str = ""
+    adapter: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    leases: int = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being prepared for it, or answered."""
+        return self.leases > 0 or self.thread.open > 0
+
+
+class Roster:
+    """Models by name; the first is the one that is meant when a choice has to be made for somebody."""
+
+    def __init__(self, models: Iterable[Served]) -> None:
+        self._models = {served.name: served for served in models}
+        self._running = False
+
+    # Asking -------------------------------------------------------------------------------------------
+
+    def find(self, name: str) -> Served:
+        """The model of a name; `Refusal` 404 when there is none."""
+        if name not in self._models:
+            here = ", ".join(f"'{known}'" for known in self._models)
+            raise Refusal(
+                404, f"There is no model '{name}' here; this server has {here}.", param="model", code="model_not_found"
+            )
+        return self._models[name]
+
+    @contextmanager
+    def lease(self, name: str) -> Iterator[Served]:
+        """The model of a name, which is not ended while the lease lasts."""
+        served = self.find(name)
+        served.leases += 1
+        try:
+            yield served
+        finally:
+            served.leases -= 1
+
+    def models(self) -> list[Served]:
+        """All of them, in the order in which they came."""
+        return list(self._models.values())
+
+    def threads(self) -> list[EngineThread]:
+        """The threads that answer, each once."""
+        return list(dict.fromkeys(served.thread for served in self.models()))
+
+    # Changing -----------------------------------------------------------------------------------------
+
+    def replace(self, served: Served) -> Served | None:
+        """Give `served` its name; returns the model that had it, which goes on with what it has begun."""
+        if self._running:
+            served.thread.start()
+        before = self._models.get(served.name)
+        self._models[served.name] = served
+        return before
+
+    def remove(self, name: str) -> Served:
+        """Take a name away; returns the model that had it."""
+        served = self.find(name)
+        del self._models[name]
+        return served
+
+    async def retire(self, served: Served, limit: float) -> None:
+        """Wait at most `limit` seconds until a model that has lost its name is idle; then end it and free its memory.
+
+        What still runs then is told that it was cut off.
+        """
+        until = time.monotonic() + limit
+        while served.busy and time.monotonic() < until:
+            await asyncio.sleep(LOOK_SECONDS)
+        if served.thread not in self.threads():
+            await served.thread.stop()
+            del served
+            # Modules and their hooks refer to each other: without this, the weights would stay for a while.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    async def start(self) -> None:
+        """Start every thread; must be called on the event loop that the requests live on."""
+        self._running = True
+        for thread in self.threads():
+            thread.start()
+
+    async def stop(self) -> None:
+        """End every thread."""
+        self._running = False
+        for thread in self.threads():
+            await thread.stop()
