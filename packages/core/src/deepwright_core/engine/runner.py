@@ -285,8 +285,8 @@ class ModelRunner:
         tokens_BX = np.zeros((len(group), queries + modules), dtype=np.int64)
         blocks_BP = np.zeros((len(group), -(-int((start_B + count_B).max()) // self.block_size)), dtype=np.int64)
         for row, chunk in enumerate(group):
-            tokens = chunk.sequence.tokens[chunk.start : chunk.end + modules]
-            tokens_BX[row, : len(tokens)] = tokens
+            ids = chunk.sequence.tokens[chunk.start : chunk.end + modules]
+            tokens_BX[row, : len(ids)] = ids
             used = chunk.sequence.blocks[: -(-chunk.end // self.block_size)]
             blocks_BP[row, : len(used)] = used
         tokens, blocks = self._tensor(tokens_BX), self._tensor(blocks_BP)
