@@ -15,7 +15,7 @@ import torch
 import uvicorn
 
 from deepwright_core import plugins
-from deepwright_core.engine import SamplingParams, TokenEvent
+from deepwright_core.engine import EngineStats, SamplingParams, TokenEvent
 from deepwright_core.errors import RequestError
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.directory import save_model
@@ -92,6 +92,10 @@ class ScriptedEngine:
     def has_work(self) -> bool:
         return bool(self.running)
 
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(len(self.running), 0, 0, 8, 0, 0, 0, 0)
+
     def step(self) -> list[TokenEvent]:
         self.gate.wait(0.05)
         if not self.gate.is_set():
@@ -116,7 +120,7 @@ def service_of(
 ) -> Service:
     """A service with one model, `tiny`."""
     limits = limits or Limits()
-    served = Served("tiny", EngineThread(engine, limits.running + limits.waiting), tokenizer, context)
+    served = Served("tiny", EngineThread(engine, limits), tokenizer, context)
     return Service(Roster([served]), limits, keys)
 
 

@@ -25,7 +25,7 @@ from .conftest import Running, ScriptedEngine
 
 def model(tokenizer: Tokenizer, says: str, name: str = "tiny", version: str = "") -> Served:
     engine = ScriptedEngine(lambda prompt: tokenizer.encode(says), tokenizer.eos_id)
-    return Served(name, EngineThread(engine, 64), tokenizer, 256, version)
+    return Served(name, EngineThread(engine, Limits()), tokenizer, 256, version)
 
 
 def on_loop(server: Running, work: Callable[[], Any]) -> Any:

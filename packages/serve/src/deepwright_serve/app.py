@@ -17,7 +17,7 @@ from .chat import answer_chat
 from .completion import complete_text
 from .edge import Edge
 from .errors import add_error_objects
-from .openapi import REFUSALS, body_schema, describe_bodies, only
+from .openapi import METRICS, REFUSALS, body_schema, describe_bodies, only
 from .protocol import (
     ChatReply,
     ChatRequest,
@@ -68,6 +68,11 @@ def create_app(service: Service) -> Edge:
         await service.prove_alive()
         return Status()
 
+    @app.get("/metrics", responses=METRICS, response_class=Response, summary="Counts and times, for Prometheus")
+    async def metrics(http: Request) -> Response:
+        body, kind = service.metrics.expose(http.headers.get("accept", ""))
+        return Response(body, headers={"content-type": kind})
+
     def card(served: Served) -> ModelCard:
         return ModelCard(id=served.name, created=served.created, max_model_len=served.context)
 
@@ -103,4 +108,4 @@ def create_app(service: Service) -> Edge:
 
     describe_bodies(app, ChatRequest, CompletionRequest)
     app.state.service = service
-    return Edge(app, service.door)
+    return Edge(app, service.door, service.metrics)

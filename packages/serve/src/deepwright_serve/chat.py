@@ -32,7 +32,7 @@ async def answer_chat(service: Service, served: Served, http: Request, request: 
     params = service.params(served, request, prompt, request.length)
     opened = opens_thinking(tokenizer, prompt)
     answers = [Answer(tokenizer, stops=request.stops, thinking=opened) for _ in params]
-    generation = Generation(served.thread, [prompt] * len(params), params, answers, http.state.tenant)
+    generation = Generation(served, [prompt] * len(params), params, answers, http.state.record)
     head: dict[str, Any] = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "created": int(time.time()),

@@ -31,7 +31,7 @@ async def complete_text(service: Service, served: Served, http: Request, request
         params += of_prompt
         prompts += [prompt] * len(of_prompt)
     answers = [Continuation(served.tokenizer, stops=request.stops) for _ in params]
-    generation = Generation(served.thread, prompts, params, answers, http.state.tenant)
+    generation = Generation(served, prompts, params, answers, http.state.record)
     head: dict[str, Any] = {
         "id": f"cmpl-{secrets.token_hex(12)}",
         "created": int(time.time()),

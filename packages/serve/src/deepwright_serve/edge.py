@@ -1,11 +1,11 @@
-"""What happens to every request before and after the application: id, host, key, drain, headers, one log line.
+"""What happens to every request before and after the application: id, host, key, rate, drain, headers, record.
 
-A plain ASGI wrapper around everything, so that also an unexpected error leaves with its id and headers.
+A plain ASGI wrapper around everything, so that also an unexpected error leaves with its id and headers, and every
+request leaves one line in the log, whatever became of it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import time
@@ -16,12 +16,16 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .keys import OPEN_PATHS, Keys
+from .metrics import Metrics
+from .record import RequestRecord
 from .refusal import Refusal
+from .tenants import Tenant
 
 log = logging.getLogger("deepwright.serve.access")
 
 NOTHING_ALLOWED = "default-src 'none'; frame-ancestors 'none'"
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 @dataclass
@@ -29,39 +33,43 @@ class Door:
     """Who may come in. `local` admits only requests that name this machine's loopback address as their host.
 
     Without that check, a page of another site could reach a loopback server by pointing its own name at it.
-    `operator`: the keys of whoever runs the server; they open everything.
     """
 
     keys: Keys | None = None
     local: bool = True
     draining: bool = False
-    operator: Keys | None = None
+    header_bytes: int = 1 << 14
 
-    def is_operator(self, headers: Headers) -> bool:
-        """Whether a request comes from whoever runs the server."""
-        return self.operator is not None and self.operator.admit(headers.get("authorization", "")) is not None
+    def __post_init__(self) -> None:
+        self._anybody = Tenant()
 
-    def admit(self, path: str, headers: Headers) -> str:
-        """Who comes in ("" without keys); raises `Refusal`."""
+    def admit(self, path: str, headers: Headers) -> Tenant:
+        """Who comes in; raises `Refusal`."""
+        size = sum(len(name) + len(value) for name, value in headers.raw)
+        if size > self.header_bytes:
+            raise Refusal(
+                431, f"The headers have {size} bytes; at most {self.header_bytes} are taken.", code="headers_too_large"
+            )
         if self.local and _host(headers.get("host", "")) not in LOCAL_HOSTS:
             raise Refusal(403, "This server answers only requests to localhost.", code="host_not_allowed")
-        known = self.operator if self.is_operator(headers) else self.keys
-        tenant = "" if known is None else known.admit(headers.get("authorization", ""))
-        if tenant is None and path not in OPEN_PATHS:
+        tenant = self._anybody if self.keys is None else self.keys.admit(headers.get("authorization", ""))
+        if path in OPEN_PATHS:
+            return tenant or self._anybody
+        if tenant is None:
             raise Refusal(
                 401,
                 "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        if self.draining and path not in OPEN_PATHS:
+        if self.draining:
             raise Refusal(
                 503,
                 "The server is shutting down.",
                 code="shutting_down",
                 headers={"Retry-After": "5", "Connection": "close"},
             )
-        return tenant or ""
+        return tenant
 
 
 def _host(value: str) -> str:
@@ -74,44 +82,49 @@ def _host(value: str) -> str:
 class Edge:
     """The outermost ASGI application."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
+    def __init__(self, app: ASGIApp, door: Door, metrics: Metrics) -> None:
         self.app = app
         self.door = door
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = f"req_{secrets.token_hex(12)}"
-        scope.setdefault("state", {})["request_id"] = request_id
-        began, status = time.perf_counter(), 0
+        record = RequestRecord(
+            request_id=f"req_{secrets.token_hex(12)}",
+            method=scope["method"] if scope["method"] in METHODS else "other",
+            metrics=self.metrics,
+        )
+        scope.setdefault("state", {})["record"] = record
 
         async def send_marked(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                record.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
+                headers["x-request-id"] = record.request_id
                 headers["x-content-type-options"] = "nosniff"
                 headers["referrer-policy"] = "no-referrer"
                 headers.setdefault("cache-control", "no-store")
                 headers.setdefault("content-security-policy", NOTHING_ALLOWED)
+                headers.update(record.tenant.headers())
             await send(message)
 
+        self.metrics.in_progress.inc()
         try:
             try:
-                scope["state"]["tenant"] = self.door.admit(scope["path"], Headers(scope=scope))
+                record.tenant = self.door.admit(scope["path"], Headers(scope=scope))
+                if scope["path"] not in OPEN_PATHS:
+                    record.tenant.knock()
             except Refusal as refusal:
+                record.error = refusal.label
                 reply = JSONResponse(refusal.body(), refusal.status, refusal.headers)
                 await reply(scope, receive, send_marked)
             else:
                 await self.app(scope, receive, send_marked)
         finally:
-            record = {
-                "request_id": request_id,
-                "method": scope["method"],
-                "path": scope["path"][:200],
-                "status": status,
-                "seconds": round(time.perf_counter() - began, 4),
-            }
-            log.info(json.dumps(record))
+            self.metrics.in_progress.dec()
+            record.seconds = time.monotonic() - record.began
+            record.path = getattr(scope.get("route"), "path", "other")
+            self.metrics.answered(record)
+            log.info("", extra={"record": record})

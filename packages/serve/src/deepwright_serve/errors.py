@@ -17,15 +17,18 @@ def add_error_objects(app: FastAPI) -> None:
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> Response:
+        request.state.record.error = error.label
         return JSONResponse(error.body(), error.status, error.headers)
 
     @app.exception_handler(RequestError)
     async def wrong(request: Request, error: RequestError) -> Response:
+        request.state.record.error = "status_400"
         return JSONResponse(Refusal(400, str(error)).body(), 400)
 
     @app.exception_handler(HungUp)
     async def gone(request: Request, error: HungUp) -> Response:
         # Nobody reads it; the status is for the log.
+        request.state.record.error = HungUp.CODE
         return Response(status_code=499)
 
     @app.exception_handler(HTTPException)
@@ -38,5 +41,6 @@ def add_error_objects(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
+        request.state.record.error = "failed"
         message = f"The server failed ({type(error).__name__}); its log tells more under this request's id."
         return JSONResponse(Refusal(500, message).body(), 500)

@@ -20,8 +20,10 @@ from deepwright_core.engine import SamplingParams, TokenEvent
 from .answer import Answer, Delta
 from .limits import Limits
 from .protocol import Usage
+from .record import ABORTED, FAILED, RequestRecord
 from .refusal import Refusal
-from .scheduling import EngineThread, Ticket
+from .roster import Served
+from .scheduling import Ticket
 
 Result = TypeVar("Result")
 
@@ -40,32 +42,55 @@ class Generation:
 
     def __init__(
         self,
-        thread: EngineThread,
+        served: Served,
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
         answers: Sequence[Answer],
-        tenant: str = "",
+        record: RequestRecord,
     ) -> None:
-        self._thread = thread
+        self._thread = served.thread
+        self.record = record
+        self._model = served.name
         self.answers = answers
         self._queue: asyncio.Queue[tuple[int, TokenEvent | Refusal]] = asyncio.Queue()
         self._tickets = [
-            Ticket(prompt, sampling, self._sink(index), tenant)
+            Ticket(prompt, sampling, self._sink(index), record.tenant.salt)
             for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True))
         ]
         self._unfinished = set(range(len(self._tickets)))
         self._cached: dict[int, int] = {}
 
     def _sink(self, index: int) -> Callable[[TokenEvent | Refusal], None]:
-        return lambda item: self._queue.put_nowait((index, item))
+        def take(item: TokenEvent | Refusal) -> None:
+            # Noted here, when it comes, and not when a slow reader has got so far.
+            if isinstance(item, Refusal):
+                self.record.finished(index, FAILED)
+            elif item.token_id is not None:
+                self.record.token(index, item)
+                if item.finish_reason is not None:
+                    self.record.finished(index, item.finish_reason)
+            self._queue.put_nowait((index, item))
+
+        return take
 
     def __enter__(self) -> Generation:
-        self._thread.submit(self._tickets)
+        prompts = [ticket.prompt for ticket in self._tickets]
+        tenant = self.record.tenant
+        tenant.enter(len(prompts), sum(len(prompts[first]) for first in self._distinct()))
+        try:
+            self._thread.submit(self._tickets)
+        except Refusal:
+            tenant.leave(len(prompts))
+            raise
+        self.record.begin(self._model, prompts)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for ticket in self._tickets:
+        for index, ticket in enumerate(self._tickets):
             self._thread.cancel(ticket)
+            self.record.finished(index, ABORTED)
+        self.record.reasoning_tokens = sum(answer.reasoning_tokens for answer in self.answers)
+        self.record.tenant.leave(len(self._tickets))
 
     async def updates(self, beat: float | None = None) -> AsyncIterator[list[Update]]:
         """Updates until every answer is finished; an empty list after `beat` seconds in which nothing came."""
@@ -103,20 +128,27 @@ class Generation:
             update.finish_reason = event.finish_reason
         if update.finish_reason is not None:
             self._unfinished.discard(update.index)
+            self.record.finished(update.index, update.finish_reason)
+
+    def _distinct(self) -> list[int]:
+        """The first answer to each prompt: a prompt that several answers share counts once."""
+        return list({id(ticket.prompt): index for index, ticket in reversed(list(enumerate(self._tickets)))}.values())
 
     def usage(self) -> Usage:
-        """Tokens so far. A prompt that several answers share counts once."""
-        prompts = {id(ticket.prompt): (len(ticket.prompt), i) for i, ticket in reversed(list(enumerate(self._tickets)))}
+        """Tokens so far."""
+        distinct = self._distinct()
         return Usage.count(
-            prompt=sum(length for length, _ in prompts.values()),
+            prompt=sum(len(self._tickets[first].prompt) for first in distinct),
             completion=sum(answer.tokens for answer in self.answers),
-            cached=sum(self._cached.get(first, 0) for _, first in prompts.values()),
+            cached=sum(self._cached.get(first, 0) for first in distinct),
             reasoning=sum(answer.reasoning_tokens for answer in self.answers),
         )
 
 
 class HungUp(Exception):
     """The client is gone; nobody is left to answer."""
+
+    CODE = "hung_up"
 
 
 async def hang_up(receive: Receive) -> None:

@@ -10,7 +10,14 @@ from pydantic import BaseModel
 from .refusal import ErrorReply
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorReply} for status in (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
+    status: {"model": ErrorReply} for status in (400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 503, 504)
+}
+
+
+# The text of /metrics, in whichever of its forms was asked for.
+METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Every series", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    401: {"model": ErrorReply},
 }
 
 

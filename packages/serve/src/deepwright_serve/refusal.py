@@ -17,6 +17,7 @@ TYPES = {
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
     503: "service_unavailable_error",
     504: "timeout_error",
 }
@@ -55,6 +56,11 @@ class Refusal(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+    @property
+    def label(self) -> str:
+        """One word for it, in logs and metrics."""
+        return self.code or f"status_{self.status}"
 
     def body(self) -> dict[str, Any]:
         """The JSON of the error object."""

@@ -4,29 +4,42 @@ Everything of the engine (add, cancel, step) happens in this thread; requests pu
 tokens back on the event loop. A reader that is slow only lets its own tokens pile up, and those are bounded by the
 request's max_tokens. Counting and refusing happen on the event loop, so nothing here needs a lock.
 
-Left out: priorities between requests; the engine's own scheduler is first come, first served.
+The engine is first come, first served, so it is given only what it can soon begin; the rest waits here, where tenants
+are served in turn.
+
+Left out: priorities between requests of one tenant.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deepwright_core.engine import SamplingParams, TokenEvent
+from deepwright_core.engine import EngineStats, SamplingParams, TokenEvent
 from deepwright_core.errors import RequestError
 
+from .limits import Limits
 from .refusal import Refusal
+from .waiting import FairQueue
 
 log = logging.getLogger("deepwright.serve")
 
 # A step that fails this often in a row means that the engine is lost, not that one request was bad.
 FAILURES_IN_A_ROW = 3
+# Answers that wait inside the engine at most: enough to fill a step with prompts, few enough that a tenant which has
+# come first is not far ahead of one which comes now.
+AHEAD = 16
+# Longest time that a client is told to wait before it tries again, in seconds.
+LONGEST_RETRY = 60
 
 
 class EngineLike(Protocol):
@@ -45,18 +58,24 @@ class EngineLike(Protocol):
     def has_work(self) -> bool:
         """Whether a step would do anything."""
 
+    @property
+    def stats(self) -> EngineStats:
+        """Where it stands, and what it has done."""
+
 
 @dataclass(eq=False)
 class Ticket:
     """One answer being generated. `sink` is called on the event loop with each token, or with what went wrong.
 
     Tenants never share cached prefixes: how fast an answer begins would tell one what another has asked.
+    give_up: when it has waited long enough for its turn, in seconds of `time.monotonic`.
     """
 
     prompt: list[int]
     params: SamplingParams
     sink: Callable[[TokenEvent | Refusal], None]
     tenant: str = ""
+    give_up: float = math.inf
     engine_id: Any = None
     cancelled: bool = False
     done: bool = False
@@ -71,24 +90,34 @@ def _interrupted(reason: str, lost: bool) -> Refusal:
 
 
 class EngineThread:
-    """Runs an engine for an asyncio application. `capacity` bounds the answers that run or wait.
+    """Runs an engine for an asyncio application. `capacity` bounds the answers that run or wait."""
 
-    answered, failed: answers that were completed, and those that the engine broke off.
-    """
-
-    def __init__(self, engine: EngineLike, capacity: int) -> None:
+    def __init__(self, engine: EngineLike, limits: Limits) -> None:
         self._engine = engine
+        self._running = limits.running
+        self._queue_seconds = limits.queue_seconds
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
+        self._queue: FairQueue[Ticket] = FairQueue()
         self._active: dict[Any, Ticket] = {}
+        self._ends: deque[float] = deque(maxlen=64)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self.capacity = capacity
+        self.capacity = limits.running + limits.waiting
         self.open = 0
-        self.answered = 0
-        self.failed = 0
         self.broken: str | None = None
         self.last_token_at = -float("inf")
         self._token_seen = asyncio.Event()
+
+    @property
+    def replicas(self) -> tuple[EngineThread, ...]:
+        """The threads behind this one name: itself."""
+        return (self,)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's, with those that wait here counted among the waiting."""
+        stats = self._engine.stats
+        return dataclasses.replace(stats, waiting=stats.waiting + len(self._queue))
 
     # Called on the event loop ---------------------------------------------------------------------
 
@@ -119,11 +148,20 @@ class EngineThread:
                 f"{self.open} of {self.capacity} places are taken and {len(tickets)} more were asked for; "
                 "wait a moment and try again.",
                 code="queue_full",
-                headers={"Retry-After": "1"},
+                headers={"Retry-After": str(self._retry_after(self.open + len(tickets) - self.capacity))},
             )
         self.open += len(tickets)
+        give_up = time.monotonic() + self._queue_seconds
         for ticket in tickets:
+            ticket.give_up = give_up
             self._inbox.put(("add", ticket))
+
+    def _retry_after(self, places: int) -> int:
+        """Whole seconds in which so many answers will have ended, if they go on ending as they lately did."""
+        if len(self._ends) < 2:
+            return 1
+        seconds = (time.monotonic() - self._ends[0]) * places / len(self._ends)
+        return min(max(math.ceil(seconds), 1), LONGEST_RETRY)
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop an answer, whatever its state; its sink hears nothing more."""
@@ -146,10 +184,7 @@ class EngineThread:
             if item is None or isinstance(item, Refusal) or item.finish_reason is not None:
                 ticket.done = True
                 self.open -= 1
-                if isinstance(item, Refusal):
-                    self.failed += item.code == "engine_failed"
-                elif item is not None and item.finish_reason != "cancelled":
-                    self.answered += 1
+                self._ends.append(time.monotonic())
             if item is not None and not ticket.cancelled:
                 ticket.sink(item)
 
@@ -159,9 +194,10 @@ class EngineThread:
         failures = 0
         while True:
             try:
-                working = self.broken is None and self._engine.has_work
+                working = self.broken is None and (self._engine.has_work or len(self._queue) > 0)
                 if not self._obey(block=not working):
                     return
+                self._hand_over()
                 if self.broken is not None or not self._engine.has_work:
                     continue
                 events = self._engine.step()
@@ -194,19 +230,31 @@ class EngineThread:
                 self._fail_all("the server is shutting down", lost=True)
                 return False
             if command == "add":
-                self._add(ticket)
+                self._take(ticket)
+            elif self._queue.remove(ticket):
+                self._post([(ticket, None)])
             elif ticket.engine_id in self._active:
                 del self._active[ticket.engine_id]
                 self._engine.cancel(ticket.engine_id)
                 self._post([(ticket, None)])
 
-    def _add(self, ticket: Ticket) -> None:
+    def _take(self, ticket: Ticket) -> None:
         if ticket.cancelled:
             self._post([(ticket, None)])
-            return
-        if self.broken is not None:
+        elif self.broken is not None:
             self._post([(ticket, _interrupted(self.broken, lost=True))])
-            return
+        else:
+            self._queue.push(ticket)
+
+    def _hand_over(self) -> None:
+        """Give the engine as many of the waiting as it can soon begin."""
+        for ticket in self._queue.late(time.monotonic()):
+            waited = f"The request waited for {self._queue_seconds:g} s without getting its turn; try again later."
+            self._post([(ticket, Refusal(503, waited, code="queue_timeout", headers={"Retry-After": "5"}))])
+        while len(self._queue) and len(self._active) < self._running and self._engine.stats.waiting < AHEAD:
+            self._add(self._queue.pop())
+
+    def _add(self, ticket: Ticket) -> None:
         try:
             ticket.engine_id = self._engine.add(ticket.prompt, ticket.params, salt=ticket.tenant)
         except RequestError as error:
@@ -218,16 +266,19 @@ class EngineThread:
             self._active[ticket.engine_id] = ticket
 
     def _fail_all(self, reason: str, lost: bool) -> None:
-        """Tell every running request; with `lost`, refuse those to come as well."""
+        """Tell every running request; with `lost`, also those that wait, and refuse those to come."""
+        told = list(self._active.values())
         if lost:
             self.broken = reason
+            told += self._queue
+            self._queue = FairQueue()
         for engine_id in self._active:
             try:
                 self._engine.cancel(engine_id)
             except Exception:
                 log.exception("a request could not be cancelled after a failed step")
         refusal = _interrupted(reason, lost)
-        items: list[Parcel] = [(ticket, refusal) for ticket in self._active.values()]
+        items: list[Parcel] = [(ticket, refusal) for ticket in told]
         self._active.clear()
         self._post(items)
 

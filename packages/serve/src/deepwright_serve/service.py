@@ -13,10 +13,11 @@ from deepwright_core.engine import SamplingParams
 from .edge import Door
 from .keys import Keys
 from .limits import Limits
+from .metrics import Metrics
 from .protocol import GenerationRequest
 from .refusal import Refusal
 from .roster import Roster, Served
-from .scheduling import Ticket
+from .scheduling import EngineThread, Ticket
 
 # A token for somebody this recently proves as much as a probe would.
 FRESH_SECONDS = 1.0
@@ -32,8 +33,16 @@ class Service:
     local: bool = True
 
     def __post_init__(self) -> None:
-        self.door = Door(self.keys, self.local)
+        self.door = Door(self.keys, self.local, header_bytes=self.limits.header_bytes)
+        self.metrics = Metrics(self._threads)
         self._probes: dict[Served, asyncio.Task[None]] = {}
+
+    def _threads(self) -> list[tuple[str, EngineThread]]:
+        """The threads that generate, each under the first of its models' names."""
+        names: dict[EngineThread, str] = {}
+        for served in self.roster.models():
+            names.setdefault(served.thread, served.name)
+        return [(name, thread) for thread, name in names.items()]
 
     def longest_prompt(self, served: Served) -> int:
         """Most tokens of a prompt: one must be left for the answer."""

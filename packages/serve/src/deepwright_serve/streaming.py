@@ -15,7 +15,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .generation import Generation, hang_up
+from .generation import Generation, HungUp, hang_up
 from .limits import Limits
 from .refusal import Refusal
 
@@ -54,6 +54,8 @@ class EventStream(Response):
             watch = asyncio.ensure_future(hang_up(receive))
             try:
                 await asyncio.wait({sending, watch}, return_when=asyncio.FIRST_COMPLETED)
+                if not sending.done():
+                    self._generation.record.error = HungUp.CODE
             finally:
                 for task in (sending, watch):
                     task.cancel()
@@ -86,6 +88,7 @@ class EventStream(Response):
 
     async def _fail(self, send: Send, refusal: Refusal) -> None:
         """The status is long sent; the error goes where clients look for it in a stream."""
+        self._generation.record.error = refusal.label
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS):
                 await self._event(send, f"data: {self.dump(refusal.body())}\n\n")
