@@ -27,24 +27,21 @@ import torch
 import uvicorn
 from pydantic import ValidationError
 
-from deepwright_core import plugins
-from deepwright_core.engine import CacheDtype, Engine
+from deepwright_core.engine import CacheDtype
 from deepwright_core.errors import RequestError, WorkError
-from deepwright_core.model.directory import find_model, load_model
+from deepwright_core.model.directory import find_model
 from deepwright_core.stage import write_atomically
-from deepwright_core.tokenizer import Tokenizer
 
 from .app import create_app
 from .keys import Keys
 from .limits import Limits
-from .roster import Roster, Served
-from .scheduling import EngineThread
+from .loading import CACHE_TOKENS, Loading
+from .roster import Roster
 from .service import Service
 
 log = logging.getLogger("deepwright.serve")
 
 PORT = 8000
-CACHE_TOKENS = 65536
 # Beyond the limit for draining: the step in progress and the last words to each client.
 CUT_OFF_SECONDS = 10
 
@@ -82,54 +79,14 @@ def serve(
     with listener:
         if threads:
             torch.set_num_threads(threads)
-        served = load_served(
-            directory,
-            name=name,
-            device=device,
-            precision=precision,
-            cache_tokens=cache_tokens,
-            cache_dtype=cache_dtype,
-            limits=limits,
-        )
+        loading = Loading(device, precision, cache_tokens, cache_dtype, limits)
+        served = loading.load(directory, name)
         run(
             Service(Roster([served]), limits, keys, local),
             listener,
             address_file=address_file,
             end_with_stdin=end_with_stdin,
         )
-
-
-def load_served(
-    directory: Path,
-    *,
-    name: str,
-    device: str,
-    precision: str,
-    cache_tokens: int,
-    cache_dtype: CacheDtype,
-    limits: Limits,
-) -> Served:
-    """Model, tokenizer and engine of a model directory, ready to be put on a roster."""
-    try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except RuntimeError:
-        raise RequestError(f"--device is '{device}'; expected auto, cpu, cuda or cuda:N.") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"--device is '{device}'; this machine has {torch.cuda.device_count()} CUDA devices.")
-    if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" else "fp32"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = load_model(directory, plugins.installed().registry, device=chosen, dtype=dtype)
-    tokenizer = Tokenizer.load(directory)
-    engine = Engine(
-        model,
-        tokenizer.end_ids,
-        cache_tokens=cache_tokens,
-        max_batch=limits.running,
-        cache_dtype=cache_dtype,
-    )
-    context = min(model.max_positions, engine.cache_capacity)
-    return Served(name, EngineThread(engine, limits), tokenizer, context)
 
 
 def is_loopback(host: str) -> bool:

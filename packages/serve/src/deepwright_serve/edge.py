@@ -33,15 +33,21 @@ class Door:
     """Who may come in. `local` admits only requests that name this machine's loopback address as their host.
 
     Without that check, a page of another site could reach a loopback server by pointing its own name at it.
+    `operator`: the keys of whoever runs the server; they open everything.
     """
 
     keys: Keys | None = None
     local: bool = True
     draining: bool = False
+    operator: Keys | None = None
     header_bytes: int = 1 << 14
 
     def __post_init__(self) -> None:
         self._anybody = Tenant()
+
+    def is_operator(self, headers: Headers) -> bool:
+        """Whether a request comes from whoever runs the server."""
+        return self.operator is not None and self.operator.admit(headers.get("authorization", "")) is not None
 
     def admit(self, path: str, headers: Headers) -> Tenant:
         """Who comes in; raises `Refusal`."""
@@ -52,7 +58,8 @@ class Door:
             )
         if self.local and _host(headers.get("host", "")) not in LOCAL_HOSTS:
             raise Refusal(403, "This server answers only requests to localhost.", code="host_not_allowed")
-        tenant = self._anybody if self.keys is None else self.keys.admit(headers.get("authorization", ""))
+        known = self.operator if self.is_operator(headers) else self.keys
+        tenant = self._anybody if known is None else known.admit(headers.get("authorization", ""))
         if path in OPEN_PATHS:
             return tenant or self._anybody
         if tenant is None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -36,7 +37,8 @@ class Served:
     """A model as requests see it.
 
     context: most tokens that prompt and answer may have together. version: what of that name this is ("" unknown).
-    adapter: the adapter of the engine that answers ("" none). created: seconds since 1970.
+    adapter: the adapter of the engine that answers ("" none). directory: where it was loaded from, if from one.
+    created: seconds since 1970.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Served:
     context: int
     version: str = ""
     adapter: str = ""
+    directory: Path | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     leases: int = 0
 

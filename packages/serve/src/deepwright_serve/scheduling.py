@@ -90,7 +90,10 @@ def _interrupted(reason: str, lost: bool) -> Refusal:
 
 
 class EngineThread:
-    """Runs an engine for an asyncio application. `capacity` bounds the answers that run or wait."""
+    """Runs an engine for an asyncio application. `capacity` bounds the answers that run or wait.
+
+    answered, failed: answers that were completed, and those that the engine broke off.
+    """
 
     def __init__(self, engine: EngineLike, limits: Limits) -> None:
         self._engine = engine
@@ -104,6 +107,8 @@ class EngineThread:
         self._thread: threading.Thread | None = None
         self.capacity = limits.running + limits.waiting
         self.open = 0
+        self.answered = 0
+        self.failed = 0
         self.broken: str | None = None
         self.last_token_at = -float("inf")
         self._token_seen = asyncio.Event()
@@ -185,6 +190,10 @@ class EngineThread:
                 ticket.done = True
                 self.open -= 1
                 self._ends.append(time.monotonic())
+                if isinstance(item, Refusal):
+                    self.failed += item.code == "engine_failed"
+                elif item is not None and item.finish_reason != "cancelled":
+                    self.answered += 1
             if item is not None and not ticket.cancelled:
                 ticket.sink(item)
 

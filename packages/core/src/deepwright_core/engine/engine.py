@@ -4,7 +4,7 @@
     completions = engine.generate(prompts, SamplingParams(max_tokens=64))
 
 or, a token at a time, `add`, then `step` while `has_work`. One thread drives it; nothing here waits or locks.
-Left out: text (see the tokenizer), transport (see the server), speculation, adapters, grammars.
+Left out: text (see the tokenizer), transport (see the server), adapters, grammars.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .block_manager import BlockManager
 from .runner import CacheDtype, GenerationModel, GraphsOption, ModelRunner
 from .scheduler import Scheduler
 from .sequence import Completion, SamplingParams, Sequence, TokenEvent
+from .speculation import modules_used
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class EngineStats:
     """Where the engine stands, and what it has done since it was made.
 
     prompt_tokens counts each request once, at its first admission; cached_prompt_tokens are those of them that were
-    found in the prefix cache.
+    found in the prefix cache. Speculation: draft_steps counts verifications of one request's drafts, draft_tokens what
+    was drafted in them, accepted_at how often the first draft was accepted, the second, and so on.
     """
 
     running: int
@@ -42,6 +44,14 @@ class EngineStats:
     generation_tokens: int
     preemptions: int
     cached_prompt_tokens: int
+    draft_steps: int
+    draft_tokens: int
+    accepted_at: tuple[int, ...]
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Drafted tokens that were accepted."""
+        return sum(self.accepted_at)
 
 
 # What the decode kernels for GPUs read at a time; on a CPU, shorter blocks share more of what prompts have in common.
@@ -55,7 +65,9 @@ class Engine:
     (None: 64 on a GPU, 16 elsewhere). max_batch: sequences that run at once. max_prefill_tokens: prompt tokens of one
     step. cache_dtype: "auto" caches in the weights' dtype, "fp8" in the attention's FP8 form (latent attention: 57 % of
     bf16's bytes, near its answers). graphs: "auto" decodes through CUDA graphs on a GPU; "off" starts every kernel by
-    itself, for models that cannot be captured or whose steps are to be looked at.
+    itself, for models that cannot be captured or whose steps are to be looked at. speculate: how many tokens the
+    model's MTP modules draft for each request and step (0: none; see `speculation`). It changes no token, only how many
+    come in a step.
     """
 
     def __init__(
@@ -69,6 +81,7 @@ class Engine:
         max_prefill_tokens: int = 8192,
         cache_dtype: CacheDtype = "auto",
         graphs: GraphsOption = "auto",
+        speculate: int = 0,
     ) -> None:
         if block_size is None:
             on_gpu = next(iter(model.parameters())).device.type == "cuda"
@@ -88,12 +101,18 @@ class Engine:
             problems.append(f"graphs is '{graphs}'; expected auto or off.")
         if problems:
             raise RequestError(problems)
+        modules = modules_used(model, speculate)
         blocks = cache_tokens // block_size
         self.model = model
         self.eos_ids = frozenset((eos_id,) if isinstance(eos_id, int) else eos_id)
         self.cache_capacity = blocks * block_size
         self._scheduler = Scheduler(
-            BlockManager(blocks), block_size=block_size, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens
+            BlockManager(blocks),
+            block_size=block_size,
+            max_batch=max_batch,
+            max_prefill_tokens=max_prefill_tokens,
+            drafts=speculate,
+            lookahead=modules,
         )
         self._runner = ModelRunner(
             model,
@@ -103,6 +122,7 @@ class Engine:
             row_blocks=math.ceil(min(model.max_positions, self.cache_capacity) / block_size),
             cache_dtype=cache_dtype,
             graphs=graphs,
+            drafts=speculate,
         )
         self._sequences: dict[int, Sequence] = {}  # unfinished
         self._cancelled: list[TokenEvent] = []  # to be told by the next step
@@ -144,7 +164,7 @@ class Engine:
         return True
 
     def step(self) -> list[TokenEvent]:
-        """Give every running request one token, and prefill some of the waiting ones.
+        """Give every running request a token (or several: see `speculate`), and prefill some of the waiting ones.
 
         When the model fails, the error is raised, all requests are in the queue again, and the cache is empty; the
         caller tries again or cancels.
@@ -188,6 +208,9 @@ class Engine:
             generation_tokens=self._generation_tokens,
             preemptions=scheduler.preemptions,
             cached_prompt_tokens=scheduler.cached_prompt_tokens,
+            draft_steps=scheduler.drafted_steps,
+            draft_tokens=scheduler.drafted_tokens,
+            accepted_at=tuple(scheduler.accepted_at),
         )
 
     def update_weights(self) -> None:

@@ -24,6 +24,7 @@ from .graphs import Graphs, padded, row_sizes, width_sizes
 from .sampler import SamplingRows, sample
 from .scheduler import Chunk, Plan
 from .sequence import Drawn, Sequence
+from .speculation import DraftingModel, Speculation, modules_used
 
 CacheDtype = Literal["auto", "fp8"]
 GraphsOption = Literal["auto", "off"]
@@ -65,11 +66,16 @@ class GenerationModel(Protocol):
         """Switch between training and evaluation."""
 
 
-def new_cache(model: GenerationModel, slots: int, cache_dtype: CacheDtype, weight: Tensor) -> list[Tensor]:
-    """The cache of every layer, [slots, width] in the weights' dtype or [slots, bytes] in FP8."""
+def new_cache(
+    model: GenerationModel, slots: int, cache_dtype: CacheDtype, weight: Tensor, modules: int
+) -> list[Tensor]:
+    """The cache of every layer and of `modules` MTP modules, [slots, width] in the weights' dtype or [slots, bytes] in
+    FP8."""
+    drafting = model if modules and isinstance(model, DraftingModel) else None
     if cache_dtype == "auto":
-        return [torch.zeros(slots, width, dtype=weight.dtype, device=weight.device) for width in model.cache_widths]
-    sizes = model.fp8_cache_bytes
+        widths = model.cache_widths + (drafting.further_cache_widths[:modules] if drafting else [])
+        return [torch.zeros(slots, width, dtype=weight.dtype, device=weight.device) for width in widths]
+    sizes = model.fp8_cache_bytes + (drafting.further_fp8_cache_bytes[:modules] if drafting else [])
     without = [layer for layer, size in enumerate(sizes) if size is None]
     if without:
         raise RequestError(
@@ -113,13 +119,16 @@ class ModelRunner:
         row_blocks: int,
         cache_dtype: CacheDtype,
         graphs: GraphsOption,
+        drafts: int,
     ) -> None:
         weight = next(iter(model.parameters()))
         self.model = model
         self.device = weight.device
         self.block_size = block_size
         slots = (blocks + 1) * block_size  # block 0 is the padding's
-        self.cache = new_cache(model, slots, cache_dtype, weight)
+        modules = modules_used(model, drafts)
+        self.cache = new_cache(model, slots, cache_dtype, weight, modules)
+        self._layer_cache = self.cache[: len(self.cache) - modules]
 
         def column(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)
@@ -139,12 +148,25 @@ class ModelRunner:
         self._graphs = Graphs(self.device) if graphs == "auto" and self.device.type == "cuda" else None
         self._row_sizes, self._width_sizes = row_sizes(max_batch), width_sizes(block_size, row_blocks)
         self._addresses = self._weight_addresses()
+        self._speculation: Speculation | None = None
+        if modules and isinstance(model, DraftingModel):
+            self._speculation = Speculation(
+                model,
+                drafts,
+                self.cache[-modules:],
+                rows=max_batch,
+                hidden_size=model.config.hidden_size,
+                dtype=weight.dtype,
+                block_size=block_size,
+            )
 
     def run(self, plan: Plan) -> list[list[Drawn]]:
         """Do the step; returns the tokens drawn for each of `plan.rows`."""
         self._align(plan)
+        if self._speculation is not None:
+            return self._run_speculatively(self._speculation, plan)
         hidden = [self._decode(plan.decode)] if plan.decode else []
-        hidden += self._prefill(plan)
+        hidden += [states_JXD[:, 0] for states_JXD in self._prefill(plan)]
         if not hidden:
             return []
         self._join(plan)
@@ -159,6 +181,49 @@ class ModelRunner:
 
     def _weight_addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.model.parameters()]
+
+    def _run_speculatively(self, speculation: Speculation, plan: Plan) -> list[list[Drawn]]:
+        """The step with drafts: verify those there are, accept, and draft anew."""
+        count, queries = len(plan.rows), speculation.drafts + 1
+        width = max((len(sequence.blocks) for sequence in plan.rows), default=0)
+        if plan.decode:
+            rows = slice(len(plan.decode))
+            tokens_BQ, batch = speculation.queries(
+                self._token_R[rows], self._length_R[rows], self._blocks_RP[rows, :width]
+            )
+            speculation.hidden_RQD[rows] = self.model.extend(tokens_BQ, self._layer_cache, batch)
+        for states_JXD in self._prefill(plan):
+            room_J = self._tensor([sequence.room(self.block_size) for sequence in plan.joined])
+            speculation.join(slice(len(plan.decode), count), states_JXD, room_J)
+        if not count:
+            return []
+        self._join(plan)
+
+        def draw(logits_BV: Tensor, position_B: Tensor) -> Tensor:
+            return self._sample(logits_BV, self._sampling_R.first(count), position_B)[0]
+
+        length_B = self._length_R[:count]
+        position_BQ = length_B[:, None] + torch.arange(queries, device=self.device)
+        drawn, logprobs = self._sample(
+            self.model.logits(speculation.hidden_RQD[:count].flatten(0, 1)),
+            self._sampling_R.first(count).repeated(queries),
+            position_BQ.flatten(),
+        )
+        drawn_BQ, logprob_BQ = drawn.unflatten(0, (count, queries)), logprobs.unflatten(0, (count, queries))
+        accepted_B = speculation.accepted(drawn_BQ, length_B)
+        speculation.advance(drawn_BQ, accepted_B, length_B, self._blocks_RP[:count, :width], draw)
+        self._token_R[:count] = drawn_BQ.gather(1, accepted_B[:, None])[:, 0]
+        length_B += accepted_B + 1
+        host_BX = torch.cat((accepted_B[:, None], drawn_BQ, logprob_BQ.view(torch.int64)), 1).cpu().numpy()
+        accepted, tokens = host_BX[:, 0].tolist(), host_BX[:, 1 : 1 + queries].tolist()
+        values = np.ascontiguousarray(host_BX[:, 1 + queries :]).view(np.float64).tolist()
+        return [
+            [Drawn(token, value) for token, value in zip(row[: n + 1], row_values[: n + 1], strict=True)]
+            for n, row, row_values in zip(accepted, tokens, values, strict=True)
+        ]
+
+    def _sample(self, logits_BV: Tensor, rows: SamplingRows, position_B: Tensor) -> tuple[Tensor, Tensor]:
+        return sample(logits_BV, rows, position_B, any_random=self._any_random, any_truncated=self._any_truncated)
 
     # Decode ------------------------------------------------------------------------------------------
 
@@ -177,18 +242,12 @@ class ModelRunner:
         block_B1 = blocks_BP.gather(1, position_B1 // self.block_size)
         slot_B1 = block_B1 * self.block_size + position_B1 % self.block_size
         batch = CacheBatch(position_B1, slot_B1, blocks_BP, length_B, self.block_size)
-        return self.model.extend(self._token_R[:count, None], self.cache, batch)[:, 0]
+        return self.model.extend(self._token_R[:count, None], self._layer_cache, batch)[:, 0]
 
     def _draw(self, hidden_BD: Tensor, count: int) -> list[list[Drawn]]:
         """Draw the next token of the first `count` rows, write it there, and bring it to the host."""
         length_B = self._length_R[:count]
-        token_B, logprob_B = sample(
-            self.model.logits(hidden_BD),
-            self._sampling_R.first(count),
-            length_B,
-            any_random=self._any_random,
-            any_truncated=self._any_truncated,
-        )
+        token_B, logprob_B = self._sample(self.model.logits(hidden_BD), self._sampling_R.first(count), length_B)
         self._token_R[:count] = token_B
         length_B += 1
         # Both in one copy: the bits of the float64 travel as int64.
@@ -199,43 +258,62 @@ class ModelRunner:
     # Prefill -----------------------------------------------------------------------------------------
 
     def _prefill(self, plan: Plan) -> list[Tensor]:
-        """Compute all chunks; hidden states [B, D] of the last token of each of `plan.joined`, if there are any."""
+        """Compute all chunks. States [J, X, D] of each of `plan.joined`, if there are any: the hidden of its last token
+        and, behind it, what speculation carries on."""
         complete = {sequence.request_id: index for index, sequence in enumerate(plan.joined)}
         order: list[int] = []
         last = []
         for group in grouped(plan.chunks):
-            hidden_BQD = self._extend(group)
+            hidden = self._extend(group)
             rows = [i for i, chunk in enumerate(group) if chunk.end == len(chunk.sequence)]
             if rows:
                 order += [complete[group[i].sequence.request_id] for i in rows]
-                ends = [group[i].end - group[i].start - 1 for i in rows]
-                last.append(hidden_BQD[self._tensor(rows), self._tensor(ends)])
+                ends_J = self._tensor([group[i].end - group[i].start - 1 for i in rows])
+                rows_J = self._tensor(rows)
+                # An entry of module d needs d + 1 tokens more than the main model's (and a short prompt may have none).
+                states = [h_BQD[rows_J, (ends_J - depth).clamp(min=0)] for depth, h_BQD in enumerate(hidden)]
+                last.append(torch.stack(states, 1))
         return [torch.cat(last)[self._tensor(np.argsort(order))]] if last else []
 
-    def _extend(self, group: list[Chunk]) -> Tensor:
-        """One call of the model over chunks, padded on the right."""
-        size = self.block_size
+    def _extend(self, group: list[Chunk]) -> list[Tensor]:
+        """One call of the model over chunks, padded on the right: hidden [B, Q, D], and that of each MTP module but the
+        last, which carries nothing on."""
+        modules = len(self._speculation.cache) if self._speculation is not None else 0
         start_B = np.array([chunk.start for chunk in group])
         count_B = np.array([chunk.end - chunk.start for chunk in group])
-        tokens_BQ = np.zeros((len(group), count_B.max()), dtype=np.int64)
-        blocks_BP = np.zeros((len(group), -(-int((start_B + count_B).max()) // size)), dtype=np.int64)
+        queries = int(count_B.max())
+        tokens_BX = np.zeros((len(group), queries + modules), dtype=np.int64)
+        blocks_BP = np.zeros((len(group), -(-int((start_B + count_B).max()) // self.block_size)), dtype=np.int64)
         for row, chunk in enumerate(group):
-            tokens_BQ[row, : chunk.end - chunk.start] = chunk.sequence.tokens[chunk.start : chunk.end]
-            used = chunk.sequence.blocks[: -(-chunk.end // size)]
+            ids = chunk.sequence.tokens[chunk.start : chunk.end + modules]
+            tokens_BX[row, : len(ids)] = ids
+            used = chunk.sequence.blocks[: -(-chunk.end // self.block_size)]
             blocks_BP[row, : len(used)] = used
-        offset_Q = np.arange(tokens_BQ.shape[1])
+        tokens, blocks = self._tensor(tokens_BX), self._tensor(blocks_BP)
+        batch = self._chunk_batch(start_B, count_B, blocks_BP, queries, blocks)
+        hidden_BQD = self.model.extend(tokens[:, :queries], self._layer_cache, batch)
+        if self._speculation is None:
+            return [hidden_BQD]
+        length_B = np.array([len(chunk.sequence) for chunk in group])
+        batches = []
+        for depth in range(modules):
+            known_B = np.clip(length_B - 1 - depth - start_B, 0, count_B)
+            batches.append(self._chunk_batch(start_B, known_B, blocks_BP, queries, blocks))
+        return [hidden_BQD, *self._speculation.fill(hidden_BQD, tokens, batches)[:-1]]
+
+    def _chunk_batch(
+        self, start_B: np.ndarray, count_B: np.ndarray, blocks_BP: np.ndarray, queries: int, blocks: Tensor
+    ) -> CacheBatch:
+        """Where the `count_B` tokens from `start_B` on go, padded to `queries`."""
+        size = self.block_size
+        offset_Q = np.arange(queries)
         real_BQ = offset_Q < count_B[:, None]
         positions_BQ = np.where(real_BQ, start_B[:, None] + offset_Q, 0)
         owned_BQ = np.take_along_axis(blocks_BP, positions_BQ // size, axis=1) * size + positions_BQ % size
         slots_BQ = np.where(real_BQ, owned_BQ, offset_Q % size)
-        batch = CacheBatch(
-            self._tensor(positions_BQ),
-            self._tensor(slots_BQ),
-            self._tensor(blocks_BP),
-            self._tensor(start_B + count_B),
-            size,
+        return CacheBatch(
+            self._tensor(positions_BQ), self._tensor(slots_BQ), blocks, self._tensor(start_B + count_B), size
         )
-        return self.model.extend(self._tensor(tokens_BQ), self.cache, batch)
 
     # Rows --------------------------------------------------------------------------------------------
 
@@ -256,9 +334,13 @@ class ModelRunner:
             self._blocks_RP[left] = 0
         self._filled = count
         if plan.grown:
-            rows = self._tensor([s.row for s in plan.grown])
-            places = self._tensor([len(s.blocks) - 1 for s in plan.grown])
-            self._blocks_RP[rows, places] = self._tensor([s.blocks[-1] for s in plan.grown])
+            new = [(s.row, place, s.blocks[place]) for s, first in plan.grown for place in range(first, len(s.blocks))]
+            rows, places, blocks = self._tensor(np.array(new).T)
+            self._blocks_RP[rows, places] = blocks
+            if self._speculation is not None:
+                room = [(s.row, s.room(self.block_size)) for s, _ in plan.grown]
+                rows, rooms = self._tensor(np.array(room).T)
+                self._speculation.room_R[rows] = rooms
 
     def _join(self, plan: Plan) -> None:
         """Fill rows for the sequences whose prefill is complete, behind those that decode."""
@@ -295,6 +377,7 @@ class ModelRunner:
             sampling.min_p_B,
             sampling.top_k_B,
             sampling.seed_B,
+            *(self._speculation.columns() if self._speculation is not None else ()),
         ]
 
     def _tensor(self, values: Any) -> Tensor:

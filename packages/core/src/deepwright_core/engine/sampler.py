@@ -71,6 +71,11 @@ class SamplingRows:
             self.seed_B[:count],
         )
 
+    def repeated(self, times: int) -> SamplingRows:
+        """Each row `times` times, one after the other."""
+        columns = (self.temperature_B, self.top_p_B, self.min_p_B, self.top_k_B, self.seed_B)
+        return SamplingRows(*(column.repeat_interleave(times) for column in columns))
+
 
 def kept(scaled_BV: Tensor, rows: SamplingRows) -> Tensor:
     """Which tokens truncation leaves, as bool [B, V].

@@ -1,9 +1,10 @@
 """Who runs next.
 
-One step does two things: every decoding sequence gets one token, and up to `max_prefill_tokens` tokens of the waiting
+One step does two things: every decoding sequence gets a token, and up to `max_prefill_tokens` tokens of the waiting
 ones are prefilled, in order of arrival; a longer prompt is split over steps. A sequence takes the blocks of its whole
 prompt when it is admitted, and one more whenever it fills the last. When there is none, the sequence admitted last is
 preempted: it loses its blocks, goes back to the head of the queue, and is prefilled again, generated tokens included.
+With speculation, a step may give a sequence several tokens; drafts have the blocks that nobody needs more.
 Left out: priorities and fairness between tenants (the server queues in front), swapping blocks to the host.
 """
 
@@ -36,12 +37,14 @@ class Chunk:
 class Plan:
     """The work of one step. Tokens are drawn for `decode + joined`, in that order.
 
-    decode: sequences that get one more token. grown: those of them that own a new block.
+    decode: sequences that get a token (or several, with drafts). grown: those of them that own new blocks, with the
+    place of the first. drafted: how many drafts these sequences have a use for.
     chunks: what to prefill. joined: sequences whose prefill is complete with their chunk. rows: decode and joined.
     """
 
     decode: list[Sequence]
-    grown: list[Sequence]
+    grown: list[tuple[Sequence, int]]
+    drafted: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     joined: list[Sequence] = field(default_factory=list)
     rows: list[Sequence] = field(default_factory=list)
@@ -50,11 +53,23 @@ class Plan:
 class Scheduler:
     """The queue, the running sequences, and the decisions about them."""
 
-    def __init__(self, manager: BlockManager, *, block_size: int, max_batch: int, max_prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        manager: BlockManager,
+        *,
+        block_size: int,
+        max_batch: int,
+        max_prefill_tokens: int,
+        drafts: int = 0,
+        lookahead: int = 0,
+    ) -> None:
+        """drafts: tokens drafted a step. lookahead: tokens behind a block that its content hangs on (MTP modules)."""
         self.manager = manager
         self.block_size = block_size
         self.max_batch = max_batch
         self.max_prefill_tokens = max_prefill_tokens
+        self.drafts = drafts
+        self.lookahead = lookahead
         self.waiting: deque[Sequence] = deque()
         self.admitted: dict[int, Sequence] = {}  # by request id, in order of admission
         self.decoding: list[Sequence] = []
@@ -62,6 +77,8 @@ class Scheduler:
         self.preemptions = 0
         self.cached_prompt_tokens = 0
         self.prompt_tokens = 0
+        self.drafted_steps = self.drafted_tokens = 0
+        self.accepted_at = [0] * drafts  # how often the first draft of a step was accepted, the second, ...
 
     # A step ------------------------------------------------------------------------------------------
 
@@ -69,16 +86,19 @@ class Scheduler:
         """Decide the next step. Its blocks are taken and its sequences advanced as if it had been done."""
         preemptions = self.preemptions
         grown = self._grow()
-        plan = Plan(decode=self.decoding, grown=grown)
+        plan = Plan(self.decoding, grown)
+        if self.drafts:
+            room = [sequence.room(self.block_size) - len(sequence) for sequence in plan.decode]
+            plan.drafted = [max(0, min(places, self.drafts)) for places in room]
         budget = self.max_prefill_tokens
         fresh: dict[int, int] = {}  # block that this step fills -> level of the chunk that fills it
         if len(self.admitted) > len(self.decoding):
             for sequence in self.admitted.values():
-                if budget and not sequence.decoding:
+                if budget > 0 and not sequence.decoding:
                     budget -= self._prefill(sequence, budget, 0, plan, fresh)
         # Who admits right after it had to preempt would preempt again at the next step.
         if self.preemptions == preemptions:
-            while budget and self.waiting and len(self.admitted) < self.max_batch:
+            while budget > 0 and self.waiting and len(self.admitted) < self.max_batch:
                 sequence = self.waiting[0]
                 if not self._admit(sequence):
                     break
@@ -96,6 +116,11 @@ class Scheduler:
         events = []
         rows = plan.rows
         ended = False
+        for drafted, tokens in zip(plan.drafted, drawn, strict=False):
+            self.drafted_steps += drafted > 0
+            self.drafted_tokens += drafted
+            for place in range(len(tokens) - 1):
+                self.accepted_at[place] += 1
         for sequence, tokens in zip(rows, drawn, strict=True):
             for token in tokens:
                 reason = sequence.append(token)
@@ -154,25 +179,38 @@ class Scheduler:
 
     # Blocks ------------------------------------------------------------------------------------------
 
-    def _grow(self) -> list[Sequence]:
-        """Give a block to each decoding sequence whose last is full, preempting the latest admitted if it must."""
-        size = self.block_size
+    def _grow(self) -> list[tuple[Sequence, int]]:
+        """Give a block to each decoding sequence whose last is full, preempting the latest admitted if it must; then
+        blocks for drafts, while there are any. Returns who grew, with the place of the first new block."""
+        size, manager = self.block_size, self.manager
         growing = [s for s in self.decoding if len(s.tokens) > len(s.blocks) * size]
-        while growing and self.manager.available < len(growing):
+        while growing and manager.available < len(growing):
             victim = next(reversed(self.admitted.values()))
             self._preempt(victim)
             if victim in growing:
                 growing.remove(victim)
-        for sequence, block in zip(growing, self.manager.allocate(len(growing)), strict=True):
-            self._publish(sequence, len(sequence.tokens) - 1)
+        for sequence in self.decoding:
+            if (len(sequence.tokens) - max(1, self.lookahead)) // size > sequence.published:
+                self._publish(sequence, len(sequence.tokens) - 1)
+        grown = [(sequence, len(sequence.blocks)) for sequence in growing]
+        for sequence, block in zip(growing, manager.allocate(len(growing)), strict=True):
             sequence.blocks.append(block)
-        return growing
+        if self.drafts:
+            # What the modules write for drafts may lie up to 2 · drafts - lookahead positions behind the last token.
+            ahead = 2 * self.drafts - self.lookahead
+            for sequence in self.decoding:
+                wanted = min(len(sequence.tokens) + ahead, sequence.limit - 1) if sequence.params.speculative else 0
+                missing = min(math.ceil(wanted / size) - len(sequence.blocks), manager.available)
+                if missing > 0:
+                    grown.append((sequence, len(sequence.blocks)))
+                    sequence.blocks += manager.allocate(missing)
+        return grown
 
     def _admit(self, sequence: Sequence) -> bool:
         """Take blocks for all tokens of a waiting sequence, sharing what the cache knows. False: not enough room."""
         size = self.block_size
         # At least one token is always computed: its hidden state is what the first draw needs.
-        matchable = (len(sequence) - 1) // size
+        matchable = max(0, len(sequence) - max(1, self.lookahead)) // size
         self._extend_digests(sequence, matchable)
         shared = self.manager.match(sequence.digests[:matchable])
         needed = math.ceil(len(sequence) / size) - len(shared)
@@ -195,6 +233,8 @@ class Scheduler:
         """Plan the next chunk of an admitted sequence; returns its length."""
         start = sequence.computed
         end = min(len(sequence), start + budget)
+        if len(sequence) - end < self.lookahead:
+            end = len(sequence)  # MTP modules need the last `lookahead` tokens in one chunk
         plan.chunks.append(Chunk(sequence, start, end, level))
         sequence.computed = end
         if end == len(sequence):
@@ -204,14 +244,15 @@ class Scheduler:
         return end - start
 
     def _extend_digests(self, sequence: Sequence, blocks: int) -> None:
+        """Digests of the first `blocks` blocks. A block's digest covers the tokens that its content hangs on."""
         size, digests = self.block_size, sequence.digests
         for index in range(len(digests), blocks):
             previous = digests[-1] if digests else root_digest(self.weights_version, sequence.salt)
-            digests.append(block_digest(previous, sequence.tokens[index * size : (index + 1) * size]))
+            digests.append(block_digest(previous, sequence.tokens[index * size : (index + 1) * size + self.lookahead]))
 
     def _publish(self, sequence: Sequence, computed: int) -> list[int]:
         """Offer the blocks that the first `computed` tokens fill to other sequences; returns the new ones."""
-        full = computed // self.block_size
+        full = max(0, min(computed, len(sequence) - self.lookahead)) // self.block_size
         self._extend_digests(sequence, full)
         new = sequence.blocks[sequence.published : full]
         for block, digest in zip(new, sequence.digests[sequence.published : full], strict=True):

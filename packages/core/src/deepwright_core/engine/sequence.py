@@ -107,6 +107,17 @@ class SamplingParams:
         """Whether sampling leaves tokens out (greedy never does: its one token is always among the rest)."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
+    @property
+    def speculative(self) -> bool:
+        """Whether a token's distribution is known before the tokens drafted ahead of it have been drawn."""
+        return (
+            (self.min_tokens, self.presence_penalty, self.frequency_penalty, self.repetition_penalty) == (0, 0, 0, 1)
+            and not self.logit_bias
+            and self.scores is None
+            and self.thinking is None
+            and self.grammar is None
+        )
+
 
 class Drawn(NamedTuple):
     """A token that the runner drew for a sequence. forced: thinking control put it there; its logprob is 0."""
@@ -220,6 +231,10 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def room(self, block_size: int) -> int:
+        """Drafted tokens are of use at positions below this: they have a slot, and a token may follow them."""
+        return min(len(self.blocks) * block_size, self.limit - 1) if self.params.speculative else 0
 
     def append(self, drawn: Drawn) -> FinishReason | None:
         """Take the next token; why the sequence ends with it, or None."""

@@ -73,8 +73,19 @@ class MultiTokenPrediction(nn.Module):
         starts_BS: Tensor | None,
         record: ForwardRecord | None,
     ) -> Tensor:
-        joined = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], -1)
-        return self.norm(self.block(self.projection(joined), rope, starts_BS, record))
+        return self.norm(self.block(self._joined(embedded_BSD, hidden_BSD), rope, starts_BS, record))
+
+    def extend(
+        self, embedded_BQD: Tensor, hidden_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch
+    ) -> Tensor:
+        return self.norm(self.block.extend(self._joined(embedded_BQD, hidden_BQD), rope, cache_NW, batch))
+
+    def _joined(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        return self.projection(torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], -1))
+
+
+def _attention(block: nn.Module) -> Attention:
+    return cast(Attention, block.attention)
 
 
 class Transformer(nn.Module):
@@ -94,8 +105,7 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(
             MultiTokenPrediction(registry, config, config.layers + depth) for depth in range(config.mtp.depth)
         )
-        first = cast(Attention, cast(Block, self.layers[0]).attention)
-        self.rotary = Rotary(first.rope_dim, config.rope, config.max_positions)
+        self.rotary = Rotary(_attention(self.layers[0]).rope_dim, config.rope, config.max_positions)
 
     @property
     def max_positions(self) -> int:
@@ -105,12 +115,22 @@ class Transformer(nn.Module):
     @property
     def cache_widths(self) -> list[int]:
         """Values cached per token, layer by layer."""
-        return [cast(Attention, cast(Block, block).attention).cache_width for block in self.layers]
+        return [_attention(block).cache_width for block in self.layers]
 
     @property
     def fp8_cache_bytes(self) -> list[int | None]:
         """Bytes cached per token in FP8, layer by layer; None where an attention has no such cache."""
-        return [getattr(cast(Block, block).attention, "fp8_cache_bytes", None) for block in self.layers]
+        return [getattr(_attention(block), "fp8_cache_bytes", None) for block in self.layers]
+
+    @property
+    def further_cache_widths(self) -> list[int]:
+        """Values cached per token by each MTP module, when they draft."""
+        return [_attention(module.block).cache_width for module in self.mtp]
+
+    @property
+    def further_fp8_cache_bytes(self) -> list[int | None]:
+        """Bytes cached per token in FP8 by each MTP module; None where an attention has no such cache."""
+        return [getattr(_attention(module.block), "fp8_cache_bytes", None) for module in self.mtp]
 
     def forward(
         self, tokens_BS: Tensor, segments_BS: Tensor | None = None, record: ForwardRecord | None = None
@@ -144,6 +164,15 @@ class Transformer(nn.Module):
         for block, cache_NW in zip(self.layers, cache, strict=True):
             x_BQD = cast(Block, block).extend(x_BQD, rope, cache_NW, batch)
         return self.norm(x_BQD)
+
+    def extend_further(
+        self, hidden_BQD: Tensor, next_tokens_BQ: Tensor, depth: int, cache_NW: Tensor, batch: CacheBatch
+    ) -> Tensor:
+        """Generation form of `predict_further`: caches an entry of module `depth` at each of the batch's positions i,
+        made of the previous depth's hidden at i and the token at i + 1 + depth; returns its hidden [B, Q, D]."""
+        rope = self.rotary(batch.positions_BQ)
+        module = cast(MultiTokenPrediction, self.mtp[depth])
+        return module.extend(self.embedding(next_tokens_BQ), hidden_BQD, rope, cache_NW, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unnormalised log-probabilities over the vocabulary, float32, [..., D] -> [..., V]."""
