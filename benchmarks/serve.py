@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py [--model demo|lite12] [--device cuda] [--batches 1 64 256] [--json serve.json]
 
-Weights are random and the same for the peer. Decode is timed step by step once all prompts are in, scheduling, sampling
+Weights are random and the same for the peer. Decode is the median step once all prompts are in, scheduling, sampling
 and the copy to the host included; its roofline is what a step has to read over what this machine copies in the same
 run. Latency is measured on the engine in this process, at shares of the throughput measured before. Defaults are a
 minute on two CPU cores; on a GPU the default model is the one of docs/serving.md. Leaves out HTTP (its cost is the
@@ -43,7 +43,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", help="sequences that decode at once")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt")
     parser.add_argument("--steps", type=int, help="decode steps that are timed")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of decoding; 0 is greedy")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of decoding; the peer is greedy")
     parser.add_argument("--loads", type=float, nargs="*", default=[0.5, 0.8], help="shares of the throughput")
     parser.add_argument("--requests", type=int, help="requests at each load")
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer under load")

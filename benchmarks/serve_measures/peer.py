@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 
 import torch
@@ -29,8 +31,15 @@ class Peer:
         self.model = self.model.to(weight.device).eval()
         self.device = weight.device
 
-    def seconds(self, batch: int, prompt: int, tokens: int) -> float:
-        """Time for a greedy `generate` of `tokens` tokens."""
+    def _generate(self, batch: int, prompt: int, tokens: int) -> list[float]:
+        """When each token of a greedy `generate` was about to be chosen, the end last; in seconds."""
+        times = []
+
+        def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            synchronise(self.device)
+            times.append(time.perf_counter())
+            return scores
+
         ids = torch.tensor(prompts(self.model.config.vocab_size, batch, prompt), device=self.device)
         synchronise(self.device)
         start = time.perf_counter()
@@ -43,17 +52,17 @@ class Peer:
                 do_sample=False,
                 pad_token_id=0,
                 eos_token_id=None,
+                logits_processor=[note],
             )
-        synchronise(self.device)
-        return time.perf_counter() - start
+        return [at - start for at in times]
 
     def decode_tokens_per_second(self, batch: int, prompt: int, tokens: int) -> float:
-        """Of decoding alone: what a longer answer takes beyond a short one."""
-        self.seconds(batch, prompt, 2)
-        short = self.seconds(batch, prompt, 2)
-        return batch * (tokens - 2) / (self.seconds(batch, prompt, tokens) - short)
+        """Of decoding alone, from the median step."""
+        self._generate(batch, prompt, 2)
+        times = self._generate(batch, prompt, tokens)
+        return batch / statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
 
     def prefill_tokens_per_second(self, batch: int, prompt: int) -> float:
-        """Of a `generate` that gives one token."""
-        self.seconds(batch, prompt, 1)
-        return batch * prompt / self.seconds(batch, prompt, 1)
+        """Up to the first logits."""
+        self._generate(batch, prompt, 1)
+        return batch * prompt / self._generate(batch, prompt, 1)[0]

@@ -82,8 +82,8 @@ def decode(
         engine.step()
     cache_bytes = sum(layer.element_size() * layer.shape[1] for layer in runner.cache)
     read = step_bytes(cost, batch, context + steps // 2, weight.element_size(), cache_bytes)
-    mean = statistics.fmean(times)
-    return Decode(batch, context, batch / mean, 1e3 * mean, 1e3 * max(times), read, read / (copy_rate * 1e12) / mean)
+    step = statistics.median(times)
+    return Decode(batch, context, batch / step, 1e3 * step, 1e3 * max(times), read, read / (copy_rate * 1e12) / step)
 
 
 def prefill(engine: Engine, count: int, length: int, repeats: int) -> float:

@@ -26,9 +26,12 @@ def require(condition: bool, operator: str, argument: str, problem: str) -> None
 
 def require_shape(operator: str, argument: str, tensor: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
     """`expected` has None where any size will do; `meaning` names the dimensions, such as "[tokens, hidden]"."""
-    fits = tensor.ndim == len(expected) and all(
-        want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
-    )
+    # A loop, for a generator costs the host more than the rest of this; a decoding step comes by here 200 times.
+    shape = tensor.shape
+    fits = len(shape) == len(expected)
+    for have, want in zip(shape, expected, strict=False):
+        if want is not None and have != want:
+            fits = False
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in expected)
         raise ValueError(f"{operator}: {argument} has shape {shape_of(tensor)}; expected {meaning} = [{wanted}].")

@@ -56,6 +56,9 @@ class Choice:
     wish: bool
 
 
+BY_ITSELF = Choice(AUTO, wish=True)
+
+
 class BackendWarning(UserWarning):
     """The backend that would have been taken cannot run here, and another one took its place."""
 
@@ -158,7 +161,7 @@ def backend_for(name: str, *arguments: Any) -> str:
     `ValueError` where a backend was chosen for this operator by name and cannot run.
     """
     declared, tensor = _known(name), arguments[0]
-    chosen = _choices.get(name, Choice(AUTO, wish=True))
+    chosen = _choices.get(name, BY_ITSELF)
     if chosen.backend != AUTO:
         reason = _why_not(declared, chosen.backend, arguments)
         if reason is None:

@@ -63,6 +63,12 @@ def for_heads(rope: Rope) -> Rope:
     return cos[..., None, :], sin[..., None, :]
 
 
+def per_head(x_BQHX: Tensor, weight_HXY: Tensor) -> Tensor:
+    """Each head's vector times its own matrix: [B, Q, H, X] -> [B, Q, H, Y]."""
+    x_HTX = x_BQHX.flatten(0, 1).transpose(0, 1)
+    return torch.bmm(x_HTX, weight_HXY).transpose(0, 1).unflatten(0, x_BQHX.shape[:2])
+
+
 class LatentAttention(nn.Module):
     """MLA. Query and key heads are laid out [nope | rope], as in the published checkpoints."""
 
@@ -136,9 +142,8 @@ class LatentAttention(nn.Module):
         nope_BQHP, rope_BQHR = q_BQHK.split([self.nope_dim, self.rope_dim], -1)
         weight_HXC = self.kv_b.weight.unflatten(0, (self.heads, -1))
         key_HPC, value_HVC = weight_HXC.to(nope_BQHP.dtype).split([self.nope_dim, self.value_dim], 1)
-        latent_BQHC = torch.einsum("bqhp,hpc->bqhc", nope_BQHP, key_HPC)
         mixed_BQHC = mla_paged_decode(
-            latent_BQHC,
+            per_head(nope_BQHP, key_HPC),
             rotary(rope_BQHR, *for_heads(rope)),
             cache_NW,
             batch.blocks_BP,
@@ -147,7 +152,7 @@ class LatentAttention(nn.Module):
             batch.block_size,
             self.scale,
         )
-        return torch.einsum("bqhc,hvc->bqhv", mixed_BQHC, value_HVC)
+        return per_head(mixed_BQHC, value_HVC.transpose(1, 2))
 
     def forward(self, x_BSD: Tensor, rope: Rope, starts_BS: Tensor | None) -> Tensor:
         q_BSHK = rotary_tail(self._queries(x_BSD), *for_heads(rope))

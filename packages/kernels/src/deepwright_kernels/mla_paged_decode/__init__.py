@@ -44,6 +44,14 @@ def _why_not_triton(q_latent_BQHC: Tensor, *_: Any) -> str | None:
     return f"its latents are at most {WIDEST_LATENT} wide and these are {latent}" if latent > WIDEST_LATENT else None
 
 
+def _why_not_gathered(q_latent_BQHC: Tensor, q_rope_BQHR: Tensor, cache_NW: Tensor, *_: Any) -> str | None:
+    if q_latent_BQHC.device.type != "cpu":
+        return f"it asks its result a question, for which a host would wait, and the tensor is on {cache_NW.device}"
+    if cache_NW.dtype == torch.uint8:
+        return "its cache holds floats and this one holds FP8 latents"
+    return None if cache_NW.is_contiguous() else "its blocks are rows of a cache that is contiguous"
+
+
 # With so few (query, head) rows over so many tokens reading the cache is all, and Triton's equal shares win (4.09 TB/s
 # against 3.98 over 128 x 8192, and more where lengths differ). The kernel for Hopper has the faster products and is the
 # quicker to start.
@@ -59,15 +67,22 @@ def _order(q_latent_BQHC: Tensor, *others: Any) -> tuple[str, ...]:
     return ("cuda", "triton", "reference")
 
 
+def _elsewhere(q_latent_BQHC: Tensor, *others: Any) -> tuple[str, ...]:
+    gathered = not others or _why_not_gathered(q_latent_BQHC, *others) is None
+    return ("torch", "reference") if gathered else ("reference",)
+
+
 dispatch.operator(
     NAME,
     {
         "reference": f"{__name__}.reference:mla_paged_decode",
         "triton": f"{__name__}.triton:mla_paged_decode",
+        "torch": f"{__name__}.gathered:mla_paged_decode",
         "cuda": f"{__name__}.hopper:mla_paged_decode",
     },
     cuda=_order,
-    needs={"cuda": _why_not_hopper, "triton": _why_not_triton},
+    elsewhere=_elsewhere,
+    needs={"cuda": _why_not_hopper, "triton": _why_not_triton, "torch": _why_not_gathered},
 )
 
 

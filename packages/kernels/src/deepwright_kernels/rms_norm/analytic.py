@@ -15,18 +15,24 @@ import torch
 from torch import Tensor
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Result, and what each row was multiplied by."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_wide = x.to(wide)
+    norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    # Not in place: a last step that returns what it was given, as does a conversion to the same dtype, makes
+    # torch.compile of torch 2.11 lose the gradients.
+    y = (x_wide * scale) * weight.to(wide)
+    return (y if wide == x.dtype else y.to(x.dtype)), scale
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x_wide = x.to(wide)
-        norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        # Not in place: a last step that returns what it was given, as does a conversion to the same dtype, makes
-        # torch.compile of torch 2.11 lose the gradients.
-        y = (x_wide * scale) * weight.to(wide)
-        return y if wide == x.dtype else y.to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -47,10 +53,12 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D], weight [D] -> [..., D] in x's dtype."""
+    if not torch.is_grad_enabled():  # an autograd function costs a short row more than its norm
+        return _normed(x, weight, eps)[0]
     return _RmsNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual), both [..., D] in the residual's dtype."""
     summed = (x + residual).to(residual.dtype)
-    return _RmsNorm.apply(summed, weight, eps), summed
+    return rms_norm(summed, weight, eps), summed

@@ -18,7 +18,12 @@ from ..arguments import FLOATS, INTEGERS, require, require_device, require_dtype
 ORDER, PERMUTE, UNPERMUTE = "expert_order", "permute", "unpermute"
 dispatch.operator(
     ORDER,
-    {"reference": f"{__name__}.reference:expert_order", "triton": f"{__name__}.sorting:expert_order"},
+    {
+        "reference": f"{__name__}.reference:expert_order",
+        "triton": f"{__name__}.sorting:expert_order",
+        "torch": f"{__name__}.stable_sort:expert_order",
+    },
+    elsewhere=("torch", "reference"),
 )
 for _name in (PERMUTE, UNPERMUTE):
     dispatch.operator(

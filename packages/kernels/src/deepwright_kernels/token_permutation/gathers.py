@@ -28,11 +28,23 @@ def _by_place(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
     return rows_RD.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape)
 
 
+def _gathered(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
+    return _rows_by_copy(x_TD, order_R, place_TK.shape[1], len(order_R) > place_TK.numel())
+
+
+def _weighted(y_RD: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    wide = torch.promote_types(y_RD.dtype, torch.float32)
+    weighted_TKD = _by_place(y_RD, place_TK).to(wide).mul_(weights_TK[..., None].to(wide))
+    # A conversion to the same dtype, as the last step, makes torch.compile of torch 2.11 lose the gradients.
+    out_TD = weighted_TKD.sum(1)
+    return out_TD if wide == y_RD.dtype else out_TD.to(y_RD.dtype)
+
+
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
         ctx.save_for_backward(place_TK)
-        return _rows_by_copy(x_TD, order_R, place_TK.shape[1], len(order_R) > place_TK.numel())
+        return _gathered(x_TD, order_R, place_TK)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -44,11 +56,7 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
         ctx.save_for_backward(y_RD, order_R, place_TK, weights_TK)
-        wide = torch.promote_types(y_RD.dtype, torch.float32)
-        weighted_TKD = _by_place(y_RD, place_TK).to(wide).mul_(weights_TK[..., None].to(wide))
-        # A conversion to the same dtype, as the last step, makes torch.compile of torch 2.11 lose the gradients.
-        out_TD = weighted_TKD.sum(1)
-        return out_TD if wide == y_RD.dtype else out_TD.to(y_RD.dtype)
+        return _weighted(y_RD, place_TK, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, Tensor]:
@@ -64,9 +72,13 @@ class _Unpermute(torch.autograd.Function):
 
 def permute(x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
     """Each token's row at the places of its copies, zeros in the gaps."""
+    if not torch.is_grad_enabled():
+        return _gathered(x_TD, order_R, place_TK)
     return _Permute.apply(x_TD, order_R, place_TK)
 
 
 def unpermute(y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Σ_k weights[t, k] · y[place[t, k]], in float32."""
+    if not torch.is_grad_enabled():
+        return _weighted(y_RD, place_TK, weights_TK)
     return _Unpermute.apply(y_RD, order_R, place_TK, weights_TK)
