@@ -311,9 +311,8 @@ class ModelRunner:
         positions_BQ = np.where(real_BQ, start_B[:, None] + offset_Q, 0)
         owned_BQ = np.take_along_axis(blocks_BP, positions_BQ // size, axis=1) * size + positions_BQ % size
         slots_BQ = np.where(real_BQ, owned_BQ, offset_Q % size)
-        return CacheBatch(
-            self._tensor(positions_BQ), self._tensor(slots_BQ), blocks, self._tensor(start_B + count_B), size
-        )
+        lengths_B = np.maximum(start_B + count_B, 1)  # a short prompt may have no entry of an MTP module yet
+        return CacheBatch(self._tensor(positions_BQ), self._tensor(slots_BQ), blocks, self._tensor(lengths_B), size)
 
     # Rows --------------------------------------------------------------------------------------------
 

@@ -82,11 +82,14 @@ def modules_used(model: object, drafts: int) -> int:
 
 
 def own_entries(index_BQ: Tensor, real_BQ: Tensor, blocks_BP: Tensor, lengths_B: Tensor, size: int) -> CacheBatch:
-    """A batch for the entries `index_BQ` of rows; those that are not real go to the padding's block."""
+    """A batch for the entries `index_BQ` of rows; those that are not real go to the padding's block.
+
+    lengths_B: entries that the rows then have; rows of very short sequences may be asked for less than none.
+    """
     position_BQ = torch.where(real_BQ, index_BQ, 0)
     block_BQ = blocks_BP.gather(1, position_BQ // size)
     slots_BQ = torch.where(real_BQ, block_BQ * size + position_BQ % size, 0)
-    return CacheBatch(position_BQ, slots_BQ, blocks_BP, lengths_B, size)
+    return CacheBatch(position_BQ, slots_BQ, blocks_BP, lengths_B.clamp(min=1), size)
 
 
 class Speculation:
