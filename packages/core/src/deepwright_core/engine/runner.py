@@ -11,6 +11,7 @@ Shapes: R rows (`max_batch` of them), B sequences of one call, Q new tokens of e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from typing import Any, Literal, Protocol
 
@@ -24,7 +25,7 @@ from .graphs import Graphs, padded, row_sizes, width_sizes
 from .sampler import SamplingRows, sample
 from .scheduler import Chunk, Plan
 from .sequence import Drawn, Sequence
-from .speculation import DraftingModel, Speculation, modules_used
+from .speculation import DecodingRows, DraftingModel, Speculation, modules_used
 
 CacheDtype = Literal["auto", "fp8"]
 GraphsOption = Literal["auto", "off"]
@@ -184,43 +185,60 @@ class ModelRunner:
 
     def _run_speculatively(self, speculation: Speculation, plan: Plan) -> list[list[Drawn]]:
         """The step with drafts: verify those there are, accept, and draft anew."""
-        count, queries = len(plan.rows), speculation.drafts + 1
-        width = max((len(sequence.blocks) for sequence in plan.rows), default=0)
+        first, count = len(plan.decode), len(plan.rows)
         if plan.decode:
-            rows = slice(len(plan.decode))
-            tokens_BQ, batch = speculation.queries(
-                self._token_R[rows], self._length_R[rows], self._blocks_RP[rows, :width]
-            )
-            speculation.hidden_RQD[rows] = self.model.extend(tokens_BQ, self._layer_cache, batch)
+            width = max(len(sequence.blocks) for sequence in plan.decode)
+
+            def verify(count: int, width: int) -> Tensor:
+                tokens_BQ, batch = speculation.queries(self._decoding(count, width))
+                hidden_BQD = speculation.hidden_RQD[:count]
+                return hidden_BQD.copy_(self.model.extend(tokens_BQ, self._layer_cache, batch))
+
+            self._captured("verify", first, width, verify)
         for states_JXD in self._prefill(plan):
             room_J = self._tensor([sequence.room(self.block_size) for sequence in plan.joined])
-            speculation.join(slice(len(plan.decode), count), states_JXD, room_J)
+            speculation.join(slice(first, count), states_JXD, room_J)
         if not count:
             return []
         self._join(plan)
 
-        def draw(logits_BV: Tensor, position_B: Tensor) -> Tensor:
-            return self._sample(logits_BV, self._sampling_R.first(count), position_B)[0]
-
-        length_B = self._length_R[:count]
-        position_BQ = length_B[:, None] + torch.arange(queries, device=self.device)
-        drawn, logprobs = self._sample(
-            self.model.logits(speculation.hidden_RQD[:count].flatten(0, 1)),
-            self._sampling_R.first(count).repeated(queries),
-            position_BQ.flatten(),
-        )
+        queries = speculation.drafts + 1
+        length_B, rows = self._length_R[:count], self._sampling_R.first(count)
+        logits = self.model.logits(speculation.hidden_RQD[:count].flatten(0, 1))
+        drawn, logprobs = self._sample(logits, rows.repeated(queries), speculation.positions(length_B).flatten())
         drawn_BQ, logprob_BQ = drawn.unflatten(0, (count, queries)), logprobs.unflatten(0, (count, queries))
-        accepted_B = speculation.accepted(drawn_BQ, length_B)
-        speculation.advance(drawn_BQ, accepted_B, length_B, self._blocks_RP[:count, :width], draw)
+        accepted_B = speculation.accept(drawn_BQ, length_B)
+        host_BX = torch.cat((accepted_B[:, None], drawn_BQ, logprob_BQ.view(torch.int64)), 1)
+
+        def advance(count: int, width: int) -> Tensor:
+            rows = self._sampling_R.first(count)
+            speculation.advance(self._decoding(count, width), lambda logits, at: self._sample(logits, rows, at)[0])
+            return speculation.draft_RK
+
+        width = max(len(sequence.blocks) for sequence in plan.rows)
+        self._captured(f"draft {self._any_random} {self._any_truncated}", count, width, advance)
         self._token_R[:count] = drawn_BQ.gather(1, accepted_B[:, None])[:, 0]
         length_B += accepted_B + 1
-        host_BX = torch.cat((accepted_B[:, None], drawn_BQ, logprob_BQ.view(torch.int64)), 1).cpu().numpy()
-        accepted, tokens = host_BX[:, 0].tolist(), host_BX[:, 1 : 1 + queries].tolist()
-        values = np.ascontiguousarray(host_BX[:, 1 + queries :]).view(np.float64).tolist()
+
+        host = host_BX.cpu().numpy()
+        values = np.ascontiguousarray(host[:, 1 + queries :]).view(np.float64)
         return [
-            [Drawn(token, value) for token, value in zip(row[: n + 1], row_values[: n + 1], strict=True)]
-            for n, row, row_values in zip(accepted, tokens, values, strict=True)
+            [Drawn(token, value) for token, value in zip(row[: n + 1], row_values, strict=False)]
+            for n, row, row_values in zip(
+                host[:, 0].tolist(), host[:, 1 : 1 + queries].tolist(), values.tolist(), strict=True
+            )
         ]
+
+    def _decoding(self, count: int, width: int) -> DecodingRows:
+        """The first `count` rows and `width` of their blocks."""
+        return DecodingRows(self._token_R[:count], self._length_R[:count], self._blocks_RP[:count, :width])
+
+    def _captured(self, name: str, count: int, width: int, work: Callable[[int, int], Tensor]) -> Tensor:
+        """What `work` gives for (at least) `count` rows and `width` blocks; through a graph where there are graphs."""
+        if self._graphs is None:
+            return work(count, width)
+        count, width = padded(count, self._row_sizes), padded(width, self._width_sizes)
+        return self._graphs.run((name, count, width), lambda: work(count, width))
 
     def _sample(self, logits_BV: Tensor, rows: SamplingRows, position_B: Tensor) -> tuple[Tensor, Tensor]:
         return sample(logits_BV, rows, position_B, any_random=self._any_random, any_truncated=self._any_truncated)
@@ -230,19 +248,16 @@ class ModelRunner:
     def _decode(self, sequences: list[Sequence]) -> Tensor:
         """Hidden states [B, D] of the last token of each row."""
         count, width = len(sequences), max(len(sequence.blocks) for sequence in sequences)
-        if self._graphs is None:
-            return self._extend_rows(count, width)
-        rows, width = padded(count, self._row_sizes), padded(width, self._width_sizes)
-        return self._graphs.run((rows, width), lambda: self._extend_rows(rows, width))[:count]
+        return self._captured("decode", count, width, self._extend_rows)[:count]
 
     def _extend_rows(self, count: int, width: int) -> Tensor:
         """One call of the model over the first `count` rows and `width` of their blocks: hidden states [B, D]."""
-        length_B, blocks_BP = self._length_R[:count], self._blocks_RP[:count, :width]
+        token_B, length_B, blocks_BP = self._decoding(count, width)
         position_B1 = (length_B - 1)[:, None]
         block_B1 = blocks_BP.gather(1, position_B1 // self.block_size)
         slot_B1 = block_B1 * self.block_size + position_B1 % self.block_size
         batch = CacheBatch(position_B1, slot_B1, blocks_BP, length_B, self.block_size)
-        return self.model.extend(self._token_R[:count, None], self._layer_cache, batch)[:, 0]
+        return self.model.extend(token_B[:, None], self._layer_cache, batch)[:, 0]
 
     def _draw(self, hidden_BD: Tensor, count: int) -> list[list[Drawn]]:
         """Draw the next token of the first `count` rows, write it there, and bring it to the host."""
@@ -331,6 +346,8 @@ class ModelRunner:
             self._token_R[left] = 0
             self._length_R[left] = 1
             self._blocks_RP[left] = 0
+            if self._speculation is not None:
+                self._speculation.room_R[left] = 0
         self._filled = count
         if plan.grown:
             new = [(s.row, place, s.blocks[place]) for s, first in plan.grown for place in range(first, len(s.blocks))]

@@ -32,7 +32,7 @@ N slots, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -66,6 +66,14 @@ class DraftingModel(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits of hidden states."""
+
+
+class DecodingRows(NamedTuple):
+    """Views of the runner's rows: last token and length of each, and its blocks [B, P]."""
+
+    token_B: Tensor
+    length_B: Tensor
+    blocks_BP: Tensor
 
 
 def modules_used(model: object, drafts: int) -> int:
@@ -116,6 +124,9 @@ class Speculation:
         self.hidden_RQD = torch.zeros(rows, drafts + 1, hidden_size, dtype=dtype, device=device)
         # At m: the hidden of module m at the last position that it has an entry for, which module m + 1 needs next.
         self.carried_RMD = torch.zeros(rows, len(cache) - 1, hidden_size, dtype=dtype, device=device)
+        # What was last drawn in each row, and how many drafts it accepted.
+        self.drawn_RQ = torch.zeros(rows, drafts + 1, dtype=torch.int64, device=device)
+        self.accepted_R = torch.zeros(rows, dtype=torch.int64, device=device)
         self._offset_Q = torch.arange(drafts + 1, device=device)
 
     def columns(self) -> list[Tensor]:
@@ -146,24 +157,28 @@ class Speculation:
 
     # Verifying ---------------------------------------------------------------------------------------
 
-    def queries(self, token_B: Tensor, length_B: Tensor, blocks_BP: Tensor) -> tuple[Tensor, CacheBatch]:
+    def queries(self, rows: DecodingRows) -> tuple[Tensor, CacheBatch]:
         """The last token of each row and its drafts [B, Q], and where they go."""
-        usable_B = self._usable(length_B)
-        tokens_BQ = torch.cat((token_B[:, None], self.draft_RK[: len(token_B)].clamp(min=0)), 1)
-        batch = own_entries(
-            length_B[:, None] - 1 + self._offset_Q,
-            self._offset_Q <= usable_B[:, None],
-            blocks_BP,
-            length_B + usable_B,
-            self.block_size,
-        )
-        return tokens_BQ, batch
+        usable_B = self._usable(rows.length_B)
+        tokens_BQ = torch.cat((rows.token_B[:, None], self.draft_RK[: len(usable_B)].clamp(min=0)), 1)
+        real_BQ = self._offset_Q <= usable_B[:, None]
+        index_BQ = rows.length_B[:, None] - 1 + self._offset_Q
+        return tokens_BQ, own_entries(index_BQ, real_BQ, rows.blocks_BP, rows.length_B + usable_B, self.block_size)
 
-    def accepted(self, drawn_BQ: Tensor, length_B: Tensor) -> Tensor:
-        """How many drafts of each row are what was drawn at their places, one after the other: [B]."""
-        same_BK = drawn_BQ[:, :-1] == self.draft_RK[: len(drawn_BQ)]
+    def positions(self, length_B: Tensor) -> Tensor:
+        """Positions of the tokens that are drawn from `hidden_RQD` [B, Q]."""
+        return length_B[:, None] + self._offset_Q
+
+    def accept(self, drawn_BQ: Tensor, length_B: Tensor) -> Tensor:
+        """Note the tokens that were drawn from `hidden_RQD`; how many drafts of each row are, one after the other, what
+        was drawn at their places: [B]. That many tokens, and one more, are the row's new ones."""
+        count = len(drawn_BQ)
+        same_BK = drawn_BQ[:, :-1] == self.draft_RK[:count]
         same_BK &= self._offset_Q[:-1] < self._usable(length_B)[:, None]
-        return same_BK.long().cumprod(1).sum(1)
+        self.drawn_RQ[:count] = drawn_BQ
+        self.accepted_R.zero_()  # rows that pad a graph accept nothing
+        self.accepted_R[:count] = same_BK.long().cumprod(1).sum(1)
+        return self.accepted_R[:count]
 
     def _usable(self, length_B: Tensor) -> Tensor:
         """How many drafts of each row have a slot, and a token behind them that may be drawn."""
@@ -171,28 +186,27 @@ class Speculation:
 
     # Drafting ----------------------------------------------------------------------------------------
 
-    def advance(self, drawn_BQ: Tensor, accepted_B: Tensor, length_B: Tensor, blocks_BP: Tensor, draw: Draw) -> None:
-        """Write the modules' entries that the drawn tokens make possible, and draft for the next step.
-
-        drawn_BQ: tokens drawn from `hidden_RQD`, of which the first accepted_B + 1 are the rows' new ones. length_B:
-        tokens of each row without them.
-        """
-        count = len(drawn_BQ)
-        rows = torch.arange(count, device=drawn_BQ.device)
-        last_B = length_B + accepted_B  # position of the last new token, of which nothing is cached
+    def advance(self, rows: DecodingRows, draw: Draw) -> None:
+        """Write the modules' entries that the noted tokens make possible, and draft for the next step. The rows are
+        still as they were when these tokens were drawn."""
+        count = len(rows.length_B)
+        every = torch.arange(count, device=rows.length_B.device)
+        drawn_BQ, accepted_B = self.drawn_RQ[:count], self.accepted_R[:count]
+        last_B = rows.length_B + accepted_B  # position of the last new token, of which nothing is cached
         real_BQ = self._offset_Q <= accepted_B[:, None]
         carried_BMD = self.carried_RMD[:count]
         hidden_BQD, newest = self.hidden_RQD[:count], []
         for depth, cache_NW in enumerate(self.cache):
             if depth:
                 hidden_BQD = torch.cat((carried_BMD[:, depth - 1, None], hidden_BQD[:, :-1]), 1)
-            index_BQ = length_B[:, None] - 1 - depth + self._offset_Q
-            batch = own_entries(index_BQ, real_BQ & (index_BQ >= 0), blocks_BP, last_B - depth, self.block_size)
+            index_BQ = rows.length_B[:, None] - 1 - depth + self._offset_Q
+            real_here_BQ = real_BQ & (index_BQ >= 0)
+            batch = own_entries(index_BQ, real_here_BQ, rows.blocks_BP, last_B - depth, self.block_size)
             hidden_BQD = self.model.extend_further(hidden_BQD, drawn_BQ, depth, cache_NW, batch)
-            newest.append(hidden_BQD[rows, accepted_B])
+            newest.append(hidden_BQD[every, accepted_B])
         for depth, newest_BD in enumerate(newest[:-1]):
             carried_BMD[:, depth] = newest_BD
-        self._draft(newest[0], last_B, blocks_BP, draw)
+        self._draft(newest[0], last_B, rows.blocks_BP, draw)
 
     def _draft(self, hidden_BD: Tensor, last_B: Tensor, blocks_BP: Tensor, draw: Draw) -> None:
         """Draft the K tokens behind the known ones. hidden_BD: of module 0 at the last position it has an entry for."""
