@@ -58,6 +58,7 @@ def serve(
     threads: int = 0,
     cache_tokens: int = CACHE_TOKENS,
     cache_dtype: CacheDtype = "auto",
+    replicas: int = 1,
     limits: Limits | None = None,
     address_file: Path | None = None,
     end_with_stdin: bool = False,
@@ -79,7 +80,7 @@ def serve(
     with listener:
         if threads:
             torch.set_num_threads(threads)
-        loading = Loading(device, precision, cache_tokens, cache_dtype, limits)
+        loading = Loading(device, precision, cache_tokens, cache_dtype, limits, replicas)
         served = loading.load(directory, name)
         run(
             Service(Roster([served]), limits, keys, local),
@@ -211,6 +212,13 @@ def _end_with_stdin(server: GracefulServer) -> None:
 @click.option("--threads", default=0, type=click.IntRange(0), help="CPU threads of the model (0: all cores).")
 @click.option("--cache-tokens", default=CACHE_TOKENS, show_default=True, type=click.IntRange(64))
 @click.option("--cache-dtype", default="auto", show_default=True, type=click.Choice(get_args(CacheDtype)))
+@click.option(
+    "--replicas",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 64),
+    help="Engines behind the one address, each on a GPU of its own (on a CPU they share the weights).",
+)
 @click.option("--max-running", default=64, show_default=True, type=click.IntRange(1, 4096))
 @click.option("--max-waiting", default=256, show_default=True, type=click.IntRange(0, 65536))
 @click.option("--request-seconds", default=600.0, show_default=True, help="Deadline of a request.")

@@ -5,6 +5,7 @@ How it is loaded is decided once for a server, so that a version that comes late
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from deepwright_core.engine import CacheDtype, Engine
 from deepwright_core.errors import RequestError
 from deepwright_core.model.description import describe
 from deepwright_core.model.directory import load_model, read_config
+from deepwright_core.model.transformer import Transformer
 from deepwright_core.tokenizer import Tokenizer
 
 from .limits import Limits
+from .pool import EnginePool
 from .roster import Served
 from .scheduling import EngineThread
 
@@ -26,29 +29,46 @@ CACHE_TOKENS = 65536
 
 @dataclass(frozen=True)
 class Loading:
-    """device: auto, cpu, cuda or cuda:N. precision: auto, fp32 or bf16. cache_tokens: what the cache holds."""
+    """device: auto, cpu, cuda or cuda:N. precision: auto, fp32 or bf16. cache_tokens: what the cache holds, of each
+    replica. replicas: engines that share the work; each has a GPU, or on a CPU all have the same weights."""
 
     device: str = "auto"
     precision: str = "auto"
     cache_tokens: int = CACHE_TOKENS
     cache_dtype: CacheDtype = "auto"
     limits: Limits = field(default_factory=Limits)
+    replicas: int = 1
 
     def load(self, directory: Path, name: str, version: str = "") -> Served:
         """Load a model directory; blocks for as long as that takes. `RequestError` when it cannot be served."""
-        device, dtype = self.place()
-        model = load_model(directory, plugins.installed().registry, device=device, dtype=dtype)
+        models = self._models(directory)
         tokenizer = Tokenizer.load(directory)
-        engine = Engine(
-            model,
-            tokenizer.end_ids,
-            cache_tokens=self.cache_tokens,
-            max_batch=self.limits.running,
-            cache_dtype=self.cache_dtype,
-        )
-        context = min(model.max_positions, engine.cache_capacity)
-        thread = EngineThread(engine, self.limits)
+        engines = [
+            Engine(
+                model,
+                tokenizer.end_ids,
+                cache_tokens=self.cache_tokens,
+                max_batch=self.limits.running,
+                cache_dtype=self.cache_dtype,
+            )
+            for model in models
+        ]
+        context = min(models[0].max_positions, engines[0].cache_capacity)
+        threads = [EngineThread(engine, self.limits) for engine in engines]
+        thread = threads[0] if self.replicas == 1 else EnginePool(threads)
         return Served(name, thread, tokenizer, context, version, directory=directory)
+
+    def _models(self, directory: Path) -> list[Transformer]:
+        """The model, once for each replica."""
+        device, dtype = self.place()
+        registry = plugins.installed().registry
+        if device.type == "cuda" and self.replicas > 1:
+            places = [torch.device("cuda", number) for number in range(self.replicas)]
+            return [load_model(directory, registry, device=place, dtype=dtype) for place in places]
+        model = load_model(directory, registry, device=device, dtype=dtype)
+        # Modules of their own, because an engine may put something on them; the weights are the same tensors.
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        return [model, *(copy.deepcopy(model, dict(shared)) for _ in range(1, self.replicas))]
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Where models go, and what their weights are; `RequestError` when this machine has no such device."""
@@ -61,14 +81,28 @@ class Loading:
             raise RequestError(
                 f"--device is '{self.device}'; this machine has {torch.cuda.device_count()} CUDA devices."
             )
+        if device.type == "cuda" and self.replicas > 1:
+            if device.index is not None:
+                raise RequestError(
+                    f"--device is '{self.device}' and --replicas is {self.replicas}, which have a GPU each from cuda:0 "
+                    "on; expected auto or cuda."
+                )
+            if self.replicas > torch.cuda.device_count():
+                raise RequestError(
+                    f"--replicas is {self.replicas} and each wants a GPU of its own; this machine has "
+                    f"{torch.cuda.device_count()}."
+                )
+            device = torch.device("cuda", 0)
         bf16 = device.type == "cuda" if self.precision == "auto" else self.precision == "bf16"
         return device, torch.bfloat16 if bf16 else torch.float32
 
     def bytes_of(self, directory: Path) -> int:
-        """What a model will take beside others: its weights and its cache, without what a step needs for a moment."""
-        _, dtype = self.place()
+        """What a model will take beside others on its device: its weights and its cache, without what a step needs for
+        a moment."""
+        device, dtype = self.place()
         registry = plugins.installed().registry
         facts = describe(registry, read_config(directory, registry))
         # The description counts two bytes a value.
-        values = facts["parameters_total"] + facts["kv_bytes_per_token"] // 2 * self.cache_tokens
+        caches = 1 if device.type == "cuda" else self.replicas
+        values = facts["parameters_total"] + facts["kv_bytes_per_token"] // 2 * self.cache_tokens * caches
         return int(values * dtype.itemsize)

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from deepwright_core.engine import EngineStats
 
-from .scheduling import EngineThread
+from .pool import Engines
 
 if TYPE_CHECKING:
     from .record import AnswerRecord, RequestRecord
@@ -40,7 +40,7 @@ REQUEST_SECONDS = (
 TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 
 # Names of the threads that generate, by the model's name.
-Threads = Callable[[], Iterable[tuple[str, EngineThread]]]
+Threads = Callable[[], Iterable[tuple[str, Engines]]]
 
 # Series -> (what it is, how it is read from an engine).
 GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {

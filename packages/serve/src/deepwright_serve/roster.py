@@ -25,8 +25,8 @@ import torch
 
 from deepwright_core.tokenizer import Tokenizer
 
+from .pool import Engines
 from .refusal import Refusal
-from .scheduling import EngineThread
 
 # How often a model that is to end is asked whether it still has work.
 LOOK_SECONDS = 0.02
@@ -42,7 +42,7 @@ class Served:
     """
 
     name: str
-    thread: EngineThread
+    thread: Engines
     tokenizer: Tokenizer
     context: int
     version: str = ""
@@ -89,7 +89,7 @@ class Roster:
         """All of them, in the order in which they came."""
         return list(self._models.values())
 
-    def threads(self) -> list[EngineThread]:
+    def threads(self) -> list[Engines]:
         """The threads that answer, each once."""
         return list(dict.fromkeys(served.thread for served in self.models()))
 

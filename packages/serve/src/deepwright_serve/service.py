@@ -14,6 +14,7 @@ from .edge import Door
 from .keys import Keys
 from .limits import Limits
 from .metrics import Metrics
+from .pool import Engines
 from .protocol import GenerationRequest
 from .refusal import Refusal
 from .roster import Roster, Served
@@ -35,11 +36,11 @@ class Service:
     def __post_init__(self) -> None:
         self.door = Door(self.keys, self.local, header_bytes=self.limits.header_bytes)
         self.metrics = Metrics(self._threads)
-        self._probes: dict[Served, asyncio.Task[None]] = {}
+        self._probes: dict[EngineThread, asyncio.Task[None]] = {}
 
-    def _threads(self) -> list[tuple[str, EngineThread]]:
+    def _threads(self) -> list[tuple[str, Engines]]:
         """The threads that generate, each under the first of its models' names."""
-        names: dict[EngineThread, str] = {}
+        names: dict[Engines, str] = {}
         for served in self.roster.models():
             names.setdefault(served.thread, served.name)
         return [(name, thread) for thread, name in names.items()]
@@ -107,18 +108,22 @@ class Service:
         await asyncio.gather(*(self._prove_alive(served) for served in self.roster.models()))
 
     async def _prove_alive(self, served: Served) -> None:
+        """Each engine of a model, but for those whose place others have taken."""
         _require_working(served)
-        if time.monotonic() - served.thread.last_token_at < FRESH_SECONDS:
+        working = [replica for replica in served.thread.replicas if replica.broken is None]
+        await asyncio.gather(*(self._prove_engine(replica, served) for replica in working))
+
+    async def _prove_engine(self, thread: EngineThread, served: Served) -> None:
+        if time.monotonic() - thread.last_token_at < FRESH_SECONDS:
             return
-        # Callers at the same time share one probe.
-        probe = self._probes.get(served)
+        # Callers at the same time share one probe, and so do models that share an engine.
+        probe = self._probes.get(thread)
         if probe is None:
-            probe = self._probes[served] = asyncio.create_task(self._generate_one(served))
-            probe.add_done_callback(lambda _: self._probes.pop(served))
+            probe = self._probes[thread] = asyncio.create_task(self._generate_one(thread, served))
+            probe.add_done_callback(lambda _: self._probes.pop(thread))
         await asyncio.shield(probe)
 
-    async def _generate_one(self, served: Served) -> None:
-        thread = served.thread
+    async def _generate_one(self, thread: EngineThread, served: Served) -> None:
         limit = self.limits.health_seconds
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         ticket = Ticket([*served.tokenizer.begin_ids] or [0], params, sink=lambda item: None)

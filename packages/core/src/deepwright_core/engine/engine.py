@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -304,12 +304,14 @@ class Engine:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode; as it was afterwards."""
+        """The model in evaluation mode, its GPU the present one (kernels start there); as it was afterwards."""
         training = self.model.training
         if training:
             self.model.train(False)
+        device = self._runner.device
         try:
-            yield
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                yield
         finally:
             if training:
                 self.model.train(True)
