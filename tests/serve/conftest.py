@@ -94,7 +94,7 @@ class ScriptedEngine:
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats(len(self.running), 0, 0, 8, 0, 0, 0, 0)
+        return EngineStats(len(self.running), 0, 0, 8, 0, 0, 0, 0, 0, 0, ())
 
     def step(self) -> list[TokenEvent]:
         self.gate.wait(0.05)
@@ -147,8 +147,8 @@ class Running:
 
 
 def engine_of(service: Service) -> Any:
-    """The engine behind the first model."""
-    return service.roster.models()[0].thread._engine
+    """The (first) engine behind the first model."""
+    return service.roster.models()[0].thread.replicas[0]._engine
 
 
 @contextmanager
