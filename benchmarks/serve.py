@@ -1,11 +1,12 @@
 """The generation engine in figures: decode, prefill, latency under load, memory, beside `generate` of transformers.
 
-    python benchmarks/serve.py [--model demo|lite12] [--device cuda] [--batches 1 64 256] [--json serve.json]
+    python benchmarks/serve.py [--model demo|lite12|DIRECTORY] [--device cuda] [--batches 1 64 256] [--json serve.json]
 
-Weights are random and the same for the peer. Decode is the median step once all prompts are in, scheduling, sampling
-and the copy to the host included; its roofline is what a step has to read over what this machine copies in the same
-run. Latency is measured on the engine in this process, at shares of the throughput measured before. Defaults are a
-minute on two CPU cores; on a GPU the default model is the one of docs/serving.md. Leaves out HTTP (its cost is the
+Weights are random, or those of a model directory, and the same for the peer. Decode is the median step once all prompts
+are in, scheduling, sampling and the copy to the host included; its roofline is what a step has to read over what this
+machine copies in the same run. Speculation is measured on what the model itself writes: only a trained model's modules
+guess that. Latency is measured on the engine in this process, at shares of the throughput measured before. Defaults are
+a minute on two CPU cores; on a GPU the default model is the one of docs/serving.md. Leaves out HTTP (its cost is the
 server's) and several GPUs.
 """
 
@@ -24,39 +25,43 @@ from serve_measures.load import poisson
 from serve_measures.memory import LONG, cache_bytes_per_token, concurrent_contexts
 from serve_measures.models import MODELS, random_model
 from serve_measures.peer import Peer
-from serve_measures.throughput import decode, prefill
+from serve_measures.throughput import Decode, decode, own_texts, prefill, prompts
 
 from deepwright_core.engine import Engine
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.cost import count
+from deepwright_core.model.directory import load_model
 from deepwright_core.plugins import installed
 
-PARTS = ("decode", "prefill", "load", "memory", "peer")
+PARTS = ("decode", "speculation", "prefill", "load", "memory")
 HEADROOM = 512  # tokens of cache for each sequence beyond its prompt
+PEER_TOKENS = 34
 
 
 def options() -> argparse.Namespace:
     """The command line, with defaults that fit the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(MODELS), help="default: lite12 on a GPU, demo on a CPU")
+    parser.add_argument("--model", help=f"{', '.join(sorted(MODELS))} or a directory; default lite12 on a GPU, or demo")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", type=int, nargs="+", help="sequences that decode at once")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt")
     parser.add_argument("--steps", type=int, help="decode steps that are timed")
     parser.add_argument("--temperature", type=float, default=0.0, help="of decoding; the peer is greedy")
-    parser.add_argument("--loads", type=float, nargs="*", default=[0.5, 0.8], help="shares of the throughput")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2], help="tokens that speculation drafts")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8], help="shares of the throughput")
     parser.add_argument("--requests", type=int, help="requests at each load")
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer under load")
     parser.add_argument("--cache-dtype", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--graphs", choices=["auto", "off"], default="auto")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts to measure")
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     gpu = chosen.device.startswith("cuda")
     for name, on_gpu, on_cpu in (
         ("model", "lite12", "demo"),
         ("batches", [1, 64, 256], [1, 8, 64]),
-        ("prompt", 1024, 64),
+        ("prompt", 1024, 128),
         ("steps", 100, 60),
         ("requests", 200, 40),
     ):
@@ -65,87 +70,152 @@ def options() -> argparse.Namespace:
     return chosen
 
 
-def main() -> None:
-    """Measure and print."""
-    chosen = options()
-    device = torch.device(chosen.device)
-    gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
-    registry = installed().registry
-    config = ModelConfig(**MODELS[chosen.model])
-    model = random_model(registry, config, device, dtype)
-    cost = count(model)
-    where = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads"
-    rate = copy_rate(Settings(device.type, dtype, compiled=False), 0.5)
-    print(
-        f"{chosen.model}: {cost.parameters_total / 1e9:.3f} B parameters, {cost.parameters_active / 1e9:.3f} B a "
-        f"token, {dtype}; {where}, torch {torch.__version__}, copies {rate:.2f} TB/s"
-    )
-    found: dict[str, Any] = {"model": chosen.model, "device": where, "copy_rate": rate, "torch": torch.__version__}
+class Report:
+    """The model, and each part of what is measured of it: printed at once, collected for `--json`."""
 
-    def engine(batch: int) -> Engine:
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self.chosen = chosen
+        self.device = torch.device(chosen.device)
+        self.gpu = self.device.type == "cuda"
+        dtype = torch.bfloat16 if self.gpu else torch.float32
+        registry = installed().registry
+        self.trained = chosen.model not in MODELS
+        if self.trained:
+            self.model = load_model(Path(chosen.model), registry, device=self.device, dtype=dtype).eval()
+        else:
+            self.model = random_model(registry, ModelConfig(**MODELS[chosen.model]), self.device, dtype)
+        self.cost = count(self.model)
+        self.rate = copy_rate(Settings(self.device.type, dtype, compiled=False), 0.5)
+        where = torch.cuda.get_device_name(self.device) if self.gpu else f"{torch.get_num_threads()} CPU threads"
+        print(
+            f"{chosen.model}: {self.cost.parameters_total / 1e9:.3f} B parameters, "
+            f"{self.cost.parameters_active / 1e9:.3f} B a token, {dtype}; {where}, torch {torch.__version__}, "
+            f"copies {self.rate:.2f} TB/s"
+        )
+        self.found: dict[str, Any] = {"options": {k: str(v) for k, v in vars(chosen).items()}, "device": where}
+        self.found |= {"torch": torch.__version__, "copy_rate": self.rate}
+        self.peer = None if chosen.no_peer else Peer(registry, self.model)
+        self._decoded: dict[int, Decode] = {}
+        self._prefilled = 0.0
+
+    def engine(self, batch: int, drafts: int = 0) -> Engine:
+        """An engine with room for `batch` sequences."""
         return Engine(
-            model,
+            self.model,
             0,
             max_batch=batch,
-            cache_tokens=batch * (chosen.prompt + HEADROOM),
-            cache_dtype=chosen.cache_dtype,
-            graphs=chosen.graphs,
+            cache_tokens=batch * (self.chosen.prompt + HEADROOM),
+            cache_dtype=self.chosen.cache_dtype,
+            graphs=self.chosen.graphs,
+            speculate=drafts,
         )
 
-    peer = Peer(registry, model) if "peer" in chosen.only else None
-    rows = []
-    if "decode" in chosen.only or "load" in chosen.only:
+    def _decode(self, batch: int, drafts: int = 0) -> Decode:
+        engine = self.engine(batch, drafts)
+        vocabulary, length = self.model.config.vocab_size, self.chosen.prompt
+        given = own_texts(engine, batch, length) if self.trained else prompts(vocabulary, batch, length)
+        return decode(engine, self.cost, given, self.chosen.steps, self.chosen.temperature, self.rate)
+
+    def decode(self) -> None:
+        """Tokens a second by batch."""
+        chosen = self.chosen
         print(f"\ndecode after {chosen.prompt} tokens, temperature {chosen.temperature:g}, graphs {chosen.graphs}")
-        print(f"{'batch':>6} {'tok/s':>10} {'ms a step':>10} {'slowest':>9} {'roofline':>9}" + " " * 3 + "peer tok/s")
+        print(f"{'batch':>6} {'tok/s':>10} {'ms a step':>10} {'slowest':>9} {'roofline':>9}   peer tok/s")
+        rows = []
         for batch in chosen.batches:
-            row = decode(engine(batch), cost, batch, chosen.prompt, chosen.steps, chosen.temperature, rate)
+            row = self._decoded[batch] = self._decode(batch)
             rows.append(asdict(row))
             beside = ""
-            if peer is not None:
-                theirs = peer.decode_tokens_per_second(batch, chosen.prompt, min(chosen.steps, 34))
+            if self.peer is not None:
+                theirs = self.peer.decode_tokens_per_second(batch, chosen.prompt, min(chosen.steps, PEER_TOKENS))
                 rows[-1]["peer_tokens_per_second"] = theirs
                 beside = f"{theirs:>10,.1f} ({row.tokens_per_second / theirs:.1f}x)"
             print(
                 f"{batch:>6} {row.tokens_per_second:>10,.0f} {row.milliseconds:>10.3f} "
-                f"{row.slowest_milliseconds:>9.2f} {row.roofline_share:>9.1%}   {beside}"
+                f"{row.slowest_milliseconds:>9.2f} {row.roofline_share:>9.1%}   {beside}",
+                flush=True,
             )
-        found["decode"] = rows
-    served = engine(max(chosen.batches))
-    if "prefill" in chosen.only or "load" in chosen.only:
-        many = max(8, 32768 // chosen.prompt) if gpu else 8
-        speed = prefill(served, many, chosen.prompt, repeats=2)
-        found["prefill_tokens_per_second"] = speed
-        flops = speed * cost.forward_flops(1, chosen.prompt / 2) / 1e12
-        print(f"\nprefill of {many} prompts of {chosen.prompt}: {speed:,.0f} tok/s, {flops:.2f} TFLOP/s")
-        if peer is not None:
-            theirs = peer.prefill_tokens_per_second(8, chosen.prompt)
-            found["peer_prefill_tokens_per_second"] = theirs
-            print(f"transformers {peer.version}: {theirs:,.0f} tok/s")
-    if "load" in chosen.only:
-        capacity = 1 / (chosen.prompt / speed + chosen.answer / max(row["tokens_per_second"] for row in rows))
-        print(f"\nPoisson load, {chosen.prompt} tokens in and {chosen.answer} out, milliseconds (p50 / p90 / p99)")
+        self.found["decode"] = rows
+
+    def speculation(self) -> None:
+        """Acceptance and gain of the model's MTP modules."""
+        if not self.model.config.mtp.depth:
+            print("\nspeculation: the model has no MTP module")
+            return
+        print(f"\nspeculation, {'its own texts' if self.trained else 'random weights: nothing is guessed'}")
+        print(f"{'batch':>6} {'drafts':>7} {'accepted':>9} {'tokens a step':>14} {'tok/s':>10} {'gain':>6}")
+        rows = []
+        for batch in self.chosen.batches:
+            plain = self._decoded.get(batch) or self._decode(batch)
+            for drafts in self.chosen.drafts:
+                row = self._decode(batch, drafts)
+                gain = row.tokens_per_second / plain.tokens_per_second
+                rows.append(asdict(row) | {"drafts": drafts, "gain": gain})
+                print(
+                    f"{batch:>6} {drafts:>7} {row.accepted or 0:>9.1%} {row.tokens_a_step:>14.2f} "
+                    f"{row.tokens_per_second:>10,.0f} {gain:>5.2f}x",
+                    flush=True,
+                )
+        self.found["speculation"] = rows
+
+    def _prefill_speed(self) -> float:
+        many = max(8, 32768 // self.chosen.prompt) if self.gpu else 8
+        return prefill(self.engine(many), many, self.chosen.prompt, repeats=2)
+
+    def prefill(self) -> None:
+        """Prompt tokens a second."""
+        speed = self._prefilled = self._prefill_speed()
+        flops = speed * self.cost.forward_flops(1, self.chosen.prompt / 2) / 1e12
+        self.found["prefill"] = {"tokens_per_second": speed, "tflops": flops}
+        print(f"\nprefill of prompts of {self.chosen.prompt}: {speed:,.0f} tok/s, {flops:.2f} TFLOP/s")
+        if self.peer is not None:
+            theirs = self.peer.prefill_tokens_per_second(8, self.chosen.prompt)
+            self.found["prefill"]["peer_tokens_per_second"] = theirs
+            print(f"transformers {self.peer.version}: {theirs:,.0f} tok/s ({speed / theirs:.1f}x)", flush=True)
+
+    def load(self) -> None:
+        """Latencies under Poisson load."""
+        chosen, batch = self.chosen, max(self.chosen.batches)
+        speed = self._prefilled or self._prefill_speed()
+        decoded = self._decoded.get(batch) or self._decode(batch)
+        capacity = 1 / (chosen.prompt / speed + chosen.answer / decoded.tokens_per_second)
+        print(f"\nPoisson load, {chosen.prompt} tokens in and {chosen.answer} out; milliseconds: p50 / p90 / p99")
         print(f"{'requests/s':>11} {'tok/s':>9} {'at once':>8}   {'first token':>22}   {'next token':>22}")
-        found["load"] = []
+        engine, rows = self.engine(batch), []
+        poisson(engine, capacity, min(batch, chosen.requests), chosen.prompt, chosen.answer)  # warms up
         for share in chosen.loads:
-            load = poisson(served, share * capacity, chosen.requests, chosen.prompt, chosen.answer)
-            found["load"].append(asdict(load))
+            load = poisson(engine, share * capacity, chosen.requests, chosen.prompt, chosen.answer)
+            rows.append(asdict(load))
             first, gap = (
                 " / ".join(f"{value:.1f}" for value in each.values()) for each in (load.first_token, load.gap)
             )
             print(
                 f"{load.requests_per_second:>11.1f} {load.tokens_per_second:>9,.0f} {load.most_at_once:>8}   "
-                f"{first:>22}   {gap:>22}"
+                f"{first:>22}   {gap:>22}",
+                flush=True,
             )
-    if "memory" in chosen.only:
-        measured = cache_bytes_per_token(served)
-        contexts = concurrent_contexts(cost, served, model.fp8_cache_bytes)
-        found["memory"] = {"cache_bytes_per_token": measured, "contexts": contexts}
+        self.found["load"] = rows
+
+    def memory(self) -> None:
+        """Bytes of cache, and how many long contexts fit."""
+        engine = self.engine(max(self.chosen.batches))
+        measured = cache_bytes_per_token(engine)
+        contexts = concurrent_contexts(self.cost, engine, self.model.fp8_cache_bytes)
+        self.found["memory"] = {"cache_bytes_per_token": measured, "contexts": contexts}
         print(f"\ncache: {measured:,.0f} bytes a token as allocated; contexts of {LONG} that fit beside the weights:")
         for kind, row in contexts.items():
             print(f"{kind:>18}: {row['bytes_per_token']:>9,.0f} bytes a token, {row['contexts']:>6,} contexts")
+
+
+def main() -> None:
+    """Measure and print."""
+    chosen = options()
+    report = Report(chosen)
+    for part in PARTS:
+        if part in chosen.only:
+            getattr(report, part)()
     if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=2) + "\n")
+        chosen.json.write_text(json.dumps(report.found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

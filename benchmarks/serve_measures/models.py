@@ -21,6 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_positions": 2048,
         "tied_head": True,
         "init_std": 0.05,
+        "mtp": {"depth": 1},
         "attention": {"name": "mla"},
         "ffn": {"name": "moe"},
     },
@@ -33,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "first_dense_layers": 1,
         "max_positions": 32768,
         "init_std": 0.02,
+        "mtp": {"depth": 1},
         "attention": {
             "name": "mla",
             "heads": 16,

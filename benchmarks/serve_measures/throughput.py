@@ -22,7 +22,7 @@ WARM_STEPS = 5
 
 @dataclass(frozen=True)
 class Decode:
-    """One row of the table."""
+    """One row of the table. tokens_a_step: of one sequence, more than 1 with speculation; accepted: share of drafts."""
 
     batch: int
     context: int
@@ -31,12 +31,21 @@ class Decode:
     slowest_milliseconds: float
     bytes_read: float
     roofline_share: float
+    tokens_a_step: float
+    accepted: float | None
 
 
 def prompts(vocabulary: int, count: int, length: int, seed: int = 0) -> list[list[int]]:
     """Random tokens, the same every time."""
     draw = random.Random(seed)
     return [[draw.randrange(1, vocabulary) for _ in range(length)] for _ in range(count)]
+
+
+def own_texts(engine: Engine, count: int, length: int) -> list[list[int]]:
+    """What the model itself writes: prompts that a trained model's modules can guess the continuation of."""
+    beginnings = prompts(engine.model.config.vocab_size, count, 1)
+    written = engine.generate(beginnings, SamplingParams(max_tokens=length, ignore_eos=True))
+    return [first + rest.token_ids for first, rest in zip(beginnings, written, strict=True)]
 
 
 def synchronise(device: torch.device) -> None:
@@ -55,35 +64,48 @@ def step_bytes(cost: Cost, batch: int, context: int, weight_bytes: int, cache_by
     return (sum(parts.values()) + head + experts) * weight_bytes + batch * context * cache_bytes
 
 
-def decode(
-    engine: Engine, cost: Cost, batch: int, prompt: int, steps: int, temperature: float, copy_rate: float
-) -> Decode:
-    """Decode `batch` sequences for `steps` steps after prompts of `prompt` tokens; all ends of the engine included."""
+def decode(engine: Engine, cost: Cost, given: list[list[int]], steps: int, temperature: float, rate: float) -> Decode:
+    """Decode all of the prompts `given` for `steps` steps; scheduling, sampling and copies included.
+
+    rate: bytes that the machine copies, in units of 10¹² a second.
+    """
     runner = engine._runner
-    device, weight = runner.device, next(iter(engine.model.parameters()))
+    batch, weight = len(given), next(iter(engine.model.parameters()))
     ids = [
-        engine.add(ids, SamplingParams(max_tokens=1 << 20, temperature=temperature, seed=i, ignore_eos=True))
-        for i, ids in enumerate(prompts(engine.model.config.vocab_size, batch, prompt))
+        engine.add(prompt, SamplingParams(max_tokens=1 << 20, temperature=temperature, seed=i, ignore_eos=True))
+        for i, prompt in enumerate(given)
     ]
     while len(engine._scheduler.decoding) < batch:
         engine.step()
     for _ in range(WARM_STEPS):
         engine.step()
     context = sum(len(sequence) for sequence in engine._scheduler.decoding) // batch
-    synchronise(device)
-    times = []
+    synchronise(runner.device)
+    before, times = engine.stats, []
     for _ in range(steps):
         start = time.perf_counter()
         engine.step()
         times.append(time.perf_counter() - start)
+    after = engine.stats
     for request in ids:
         engine.cancel(request)
     while engine.has_work:
         engine.step()
+    tokens, step = (after.generation_tokens - before.generation_tokens) / steps, statistics.median(times)
+    drafts = after.draft_tokens - before.draft_tokens
     cache_bytes = sum(layer.element_size() * layer.shape[1] for layer in runner.cache)
     read = step_bytes(cost, batch, context + steps // 2, weight.element_size(), cache_bytes)
-    step = statistics.median(times)
-    return Decode(batch, context, batch / step, 1e3 * step, 1e3 * max(times), read, read / (copy_rate * 1e12) / step)
+    return Decode(
+        batch,
+        context,
+        tokens_per_second=tokens / step,
+        milliseconds=1e3 * step,
+        slowest_milliseconds=1e3 * max(times),
+        bytes_read=read,
+        roofline_share=read / (rate * 1e12) / step,
+        tokens_a_step=tokens / batch,
+        accepted=(after.accepted_tokens - before.accepted_tokens) / drafts if drafts else None,
+    )
 
 
 def prefill(engine: Engine, count: int, length: int, repeats: int) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from deepwright_core.engine import Completion, Engine, SamplingParams
 from deepwright_core.engine.graphs import Graphs
-from deepwright_core.model.config import ModelConfig
+from deepwright_core.model.config import ModelConfig, MtpConfig
 from deepwright_core.model.transformer import Transformer, build_model
 from deepwright_core.plugins import installed
 
@@ -25,7 +25,7 @@ MOE = {"name": "moe", "experts": 32, "top_k": 4, "intermediate_size": 128}
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 
 
-def model(attention: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Transformer:
+def model(attention: dict[str, Any], dtype: torch.dtype = torch.bfloat16, modules: int = 0) -> Transformer:
     config = ModelConfig(
         vocab_size=512,
         hidden_size=256,
@@ -34,6 +34,7 @@ def model(attention: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Tra
         first_dense_layers=1,
         max_positions=4096,
         init_std=0.08,
+        mtp=MtpConfig(depth=modules),
         attention=attention,
         ffn=MOE,
     )
@@ -102,6 +103,22 @@ def test_contexts_that_outgrow_a_width() -> None:
         for graphs in ("auto", "off")
     )
     assert tokens(with_graphs) == tokens(without)
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(max_tokens=24, top_k=3, ignore_eos=True)])
+def test_speculation_through_graphs(params: SamplingParams, drafts: int) -> None:
+    """Verifying and drafting are graphs of their own; what is drawn is what is drawn without drafts."""
+    exact = model(MLA, torch.float32, modules=2)
+    results = [
+        tokens(
+            Engine(exact, 0, graphs=graphs, max_batch=7, cache_tokens=7 * 128, speculate=k).generate(
+                prompts(12), params
+            )
+        )
+        for graphs, k in (("off", 0), ("off", drafts), ("auto", drafts))
+    ]
+    assert results[2] == results[1] == results[0]
 
 
 def test_fp8_cache() -> None:
