@@ -4,7 +4,8 @@
 
 `ours` is what `auto` picks on the device (the backend is named). `eager` is the plain reference, `compile` the
 reference under torch.compile, further peers are named for what they are: torch's own operation, FlashMLA, DeepGEMM or
-liger-kernel where they can be imported. Rates count the bytes that have to move, or the products that have to be made,
+liger-kernel where they can be imported; `copy` is a plain copy of as many bytes as the row has to move, which for small
+sizes is less than the ceiling, a large copy. Rates count the bytes that have to move, or the products that have to be made,
 whatever an implementation really does; the share is of what this machine reached in the same run with a plain copy or
 a plain matrix product. Times are medians with a cold L2 of the device's work alone; `host` is what the host needs to
 ask for it, which decides where it is more (a CUDA graph takes it away). Memory is what a call takes beyond its inputs.
@@ -25,8 +26,8 @@ from pathlib import Path
 
 import kernel_cases
 import torch
-from kernel_cases.case import Case, Settings
-from kernel_cases.timing import ceilings, peak_mebibytes, times
+from kernel_cases.case import BYTES, Case, Settings
+from kernel_cases.timing import ceilings, copy_of, peak_mebibytes, times
 
 MACHINERY = {"case", "timing"}
 CASES: dict[str, Callable[[Settings], Iterator[Case]]] = {
@@ -55,7 +56,10 @@ def measure(
     case: Case, settings: Settings, limits: dict[str, float], seconds: float, without: list[str]
 ) -> Iterator[Row]:
     """One row for each implementation; one that fails (out of memory, say) is reported and left out."""
-    for name, run in case.runs.items():
+    runs = dict(case.runs)
+    if case.unit == BYTES and settings.gpu:
+        runs["copy"] = copy_of(case.amount, settings.device)
+    for name, run in runs.items():
         if name in without:
             continue
         try:

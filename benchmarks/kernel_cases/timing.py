@@ -80,6 +80,14 @@ def copy_rate(settings: Settings, seconds: float) -> float:
     return 2e-9 * source.numel() / times(lambda: target.copy_(source), settings.device, seconds).device
 
 
+def copy_of(amount: float, device: str) -> Run:
+    """A plain copy that reads and writes `amount` bytes together: what a kernel that moves as many is up against. Small
+    ones do not reach the rate of a large copy, for they end before memory is at its pace."""
+    source = torch.zeros(max(1, int(amount / 2)), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
 def product_rates(settings: Settings, seconds: float) -> dict[str, float]:
     """Operations of large square products, in units of 10¹² a second."""
     size = 8192 if settings.gpu else 1024

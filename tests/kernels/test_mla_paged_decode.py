@@ -172,3 +172,29 @@ def test_errors_name_the_argument() -> None:
         mla_paged_decode(**fp8 | {"cache_NW": torch.zeros(2 * BLOCK, 138, dtype=torch.uint8)[:, :136]})
     with torch.no_grad():
         mla_paged_decode(**arguments | {"q_rope_BQHR": torch.randn(1, 1, 3, 2, requires_grad=True)})
+
+
+def test_what_has_passed_once_does_not_let_anything_else_through() -> None:
+    given = {
+        "q_latent_BQHC": torch.randn(2, 1, 4, 8),
+        "q_rope_BQHR": torch.randn(2, 1, 4, 4),
+        "cache_NW": torch.randn(16, 12),
+        "blocks_BP": torch.zeros(2, 1, dtype=torch.int64),
+        "positions_BQ": torch.zeros(2, 1, dtype=torch.int64),
+        "lengths_B": torch.ones(2, dtype=torch.int64),
+        "block_size": 4,
+        "scale": 1.0,
+    }
+    mla_paged_decode(**given)
+    mla_paged_decode(**given)
+    for name, wrong, error in (
+        ("cache_NW", torch.randn(16, 13), ValueError),
+        ("cache_NW", torch.randn(12, 16).t(), ValueError),
+        ("cache_NW", torch.randn(16, 12).requires_grad_(), ValueError),
+        ("lengths_B", torch.ones(2), TypeError),
+        ("block_size", 5, ValueError),
+    ):
+        for _ in range(2):
+            with pytest.raises(error, match=name if name != "block_size" else "cache_NW"):
+                mla_paged_decode(**{**given, name: wrong})
+    mla_paged_decode(**given)

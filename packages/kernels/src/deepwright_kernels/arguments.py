@@ -6,6 +6,9 @@ device. They raise `ValueError` (`TypeError` for a dtype) and name the argument,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,3 +62,42 @@ def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(kind):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
+class AskedOnce:
+    """An operator's checks, made once for arguments that look the same: a decoding step repeats itself for hours, and
+    twenty comparisons cost the host as much as a small kernel runs.
+
+    `check` looks at shapes, strides, dtypes, devices, where a tensor begins and whether it wants a gradient, as all of
+    this module does, and at numbers; so what has passed once passes again.
+    """
+
+    MOST = 4096
+
+    def __init__(self, check: Callable[..., None]) -> None:
+        self._check = check
+        self._passed: set[tuple[Any, ...]] = set()
+
+    def __call__(self, *arguments: Any) -> None:
+        if torch.compiler.is_compiling() or type(arguments[0]) is not Tensor:  # sizes that are symbols
+            self._check(*arguments)
+            return
+        look = (torch.is_grad_enabled(), *map(_look, arguments))
+        if look not in self._passed:
+            self._check(*arguments)
+            if len(self._passed) >= self.MOST:
+                self._passed.clear()
+            self._passed.add(look)
+
+
+def _look(argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    return (
+        argument.shape,
+        argument.stride(),
+        argument.storage_offset(),
+        argument.dtype,
+        argument.device,
+        argument.requires_grad,
+    )

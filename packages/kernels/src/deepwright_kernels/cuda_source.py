@@ -16,7 +16,7 @@ import re
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -126,25 +126,30 @@ class Kernel:
 
         # Eight bytes for each argument (the driver reads as many as the parameter has) and an array of their addresses.
         # This runs before every small kernel, so it is kept short.
-        count = len(arguments)
-        values = (ctypes.c_int64 * count)()
-        start = ctypes.addressof(values)
-        addresses = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
-        for index, argument in enumerate(arguments):
-            if isinstance(argument, Tensor):
-                values[index] = argument.data_ptr()
-            elif isinstance(argument, int):
-                values[index] = argument
+        values: list[int] = []
+        maps: list[tuple[int, int]] = []
+        for argument in arguments:
+            if isinstance(argument, int):
+                values.append(argument)
             elif isinstance(argument, float):
-                values[index] = _INT.unpack(_FLOAT.pack(argument))[0]
+                values.append(_INT.unpack(_FLOAT.pack(argument))[0])
+            elif isinstance(argument, TensorMap):
+                maps.append((len(values), argument.address))
+                values.append(0)
             else:
-                addresses[index] = argument.address
+                values.append(argument.data_ptr())
+        count = len(values)
+        held = (ctypes.c_int64 * count)(*values)
+        start = ctypes.addressof(held)
+        addresses = (ctypes.c_int64 * count)(*range(start, start + 8 * count, 8))
+        for place, address in maps:
+            addresses[place] = address
         stream = torch.cuda.current_stream().cuda_stream
         where = ctypes.addressof(addresses)
         call: Any
         passed: tuple[Any, ...]
         if early:
-            config = _early_launch(driver, grid, block, self._shared_bytes, stream)
+            config = _early_launch(tuple(grid), tuple(block), self._shared_bytes, stream)
             call, passed = driver.cuLaunchKernelEx, (config, self._function, where, 0)
         else:
             call = driver.cuLaunchKernel
@@ -167,7 +172,10 @@ def _use_torchs_context(device: int) -> None:
         _checked(driver.cuCtxSetCurrent(context), "using torch's context")
 
 
-def _early_launch(driver: Any, grid: Sequence[int], block: Sequence[int], shared_bytes: int, stream: int) -> Any:
+@lru_cache(maxsize=1024)
+def _early_launch(grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int, stream: int) -> Any:
+    from cuda.bindings import driver
+
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = block
@@ -208,37 +216,54 @@ class TensorMap:
 
     Sizes go from the outermost to the innermost dimension, as in torch; strides are the tensor's own. What lies outside
     the tensor is read as zero. `swizzle`: 0, 32, 64 or 128 bytes; the box's innermost size must then not be wider.
+    Whoever starts a kernel with it keeps the tensor.
     """
 
     def __init__(self, tensor: Tensor, box: Sequence[int], swizzle: int = 128) -> None:
-        self._tensor = tensor  # keeps the memory
-        self._bytes = (ctypes.c_char * (TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT))()
-        start = ctypes.addressof(self._bytes)
-        self.address = -(-start // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
-        rank = tensor.ndim
-        sizes = (ctypes.c_uint64 * rank)(*reversed(tensor.shape))
-        strides = [stride * tensor.element_size() for stride in reversed(tensor.stride())]
-        if strides[0] != tensor.element_size() or any(stride % 16 for stride in strides[1:]):
-            raise ValueError(
-                f"A tensor with strides {tensor.stride()} cannot be copied in tiles: its last must be 1 and the others "
-                "multiples of 16 bytes."
-            )
-        status = _encode()(
-            ctypes.c_void_p(self.address),
-            _TENSOR_MAP_TYPES[tensor.dtype],
-            rank,
-            ctypes.c_void_p(tensor.data_ptr()),
-            sizes,
-            (ctypes.c_uint64 * max(1, rank - 1))(*strides[1:]),
-            (ctypes.c_uint32 * rank)(*reversed(box)),
-            (ctypes.c_uint32 * rank)(*([1] * rank)),
-            0,  # not interleaved
-            _SWIZZLES[swizzle],
-            _PROMOTE_TO_256_BYTES,
-            0,  # zeros outside
+        described = _described(
+            tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.element_size(), tensor.dtype, tuple(box), swizzle
         )
-        if status != 0:
-            raise CudaError(f"Describing a tensor of shape {list(tensor.shape)} to the copy engine failed: {status}.")
+        self.address, self._bytes = described
+
+
+@lru_cache(maxsize=4096)
+def _described(
+    start: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    size: int,
+    dtype: torch.dtype,
+    box: tuple[int, ...],
+    swizzle: int,
+) -> tuple[int, Any]:
+    """Where a description of this memory lies, and what holds it. Kept: caches and weights stay where they are, and
+    the allocator gives the same places again."""
+    held = (ctypes.c_char * (TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT))()
+    address = -(-ctypes.addressof(held) // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
+    rank = len(shape)
+    bytes_apart = [stride * size for stride in reversed(strides)]
+    if bytes_apart[0] != size or any(apart % 16 for apart in bytes_apart[1:]):
+        raise ValueError(
+            f"A tensor with strides {strides} cannot be copied in tiles: its last must be 1 and the others "
+            "multiples of 16 bytes."
+        )
+    status = _encode()(
+        ctypes.c_void_p(address),
+        _TENSOR_MAP_TYPES[dtype],
+        rank,
+        ctypes.c_void_p(start),
+        (ctypes.c_uint64 * rank)(*reversed(shape)),
+        (ctypes.c_uint64 * max(1, rank - 1))(*bytes_apart[1:]),
+        (ctypes.c_uint32 * rank)(*reversed(box)),
+        (ctypes.c_uint32 * rank)(*([1] * rank)),
+        0,  # not interleaved
+        _SWIZZLES[swizzle],
+        _PROMOTE_TO_256_BYTES,
+        0,  # zeros outside
+    )
+    if status != 0:
+        raise CudaError(f"Describing a tensor of shape {list(shape)} to the copy engine failed: {status}.")
+    return address, held
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..arguments import FLOATS, INTEGERS, require, require_device, require_dtype, require_shape
+from ..arguments import FLOATS, INTEGERS, AskedOnce, require, require_device, require_dtype, require_shape
 from .reference import SCALED_LATENTS, fp8_row_bytes
 
 NAME = "mla_paged_decode"
@@ -86,7 +86,7 @@ dispatch.operator(
 )
 
 
-def mla_paged_decode(
+def _require(
     q_latent_BQHC: Tensor,
     q_rope_BQHR: Tensor,
     cache_NW: Tensor,
@@ -94,19 +94,7 @@ def mla_paged_decode(
     positions_BQ: Tensor,
     lengths_B: Tensor,
     block_size: int,
-    scale: float,
-) -> Tensor:
-    """Attention of absorbed queries over latents and rope keys in a paged cache -> out_BQHC in q_latent's dtype.
-
-    softmax(scale · (q_latent · latent + q_rope · rope key)) · latent, the keys being shared by all heads (DeepSeek-V2,
-    section 2.1.2, with the up-projections absorbed).
-
-    q_latent_BQHC [B, Q, H, C], q_rope_BQHR [B, Q, H, R]; cache_NW [N, C + R], latent first, rope key after it, or bytes
-    [N, C + C / 32 + 2 · R] with the latents in FP8 (`reference.py` has the layout); blocks_BP [B, P] the blocks of each
-    sequence in order; positions_BQ [B, Q] the absolute position of each query; lengths_B [B] the tokens cached. A
-    query sees keys at index <= its position and < its sequence's length; one that sees none gives zeros. What the cache
-    holds beyond the length is never used. No gradients.
-    """
+) -> None:
     require_shape(NAME, "q_latent_BQHC", q_latent_BQHC, (None,) * 4, "[B, Q, H, C]")
     require_dtype(NAME, "q_latent_BQHC", q_latent_BQHC, FLOATS)
     batch, queries, heads, latent = q_latent_BQHC.shape
@@ -168,6 +156,33 @@ def mla_paged_decode(
         "cache_NW",
         f"has {cache_NW.shape[0]} slots; expected a multiple of block_size = {block_size}",
     )
+
+
+_check = AskedOnce(_require)
+
+
+def mla_paged_decode(
+    q_latent_BQHC: Tensor,
+    q_rope_BQHR: Tensor,
+    cache_NW: Tensor,
+    blocks_BP: Tensor,
+    positions_BQ: Tensor,
+    lengths_B: Tensor,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Attention of absorbed queries over latents and rope keys in a paged cache -> out_BQHC in q_latent's dtype.
+
+    softmax(scale · (q_latent · latent + q_rope · rope key)) · latent, the keys being shared by all heads (DeepSeek-V2,
+    section 2.1.2, with the up-projections absorbed).
+
+    q_latent_BQHC [B, Q, H, C], q_rope_BQHR [B, Q, H, R]; cache_NW [N, C + R], latent first, rope key after it, or bytes
+    [N, C + C / 32 + 2 · R] with the latents in FP8 (`reference.py` has the layout); blocks_BP [B, P] the blocks of each
+    sequence in order; positions_BQ [B, Q] the absolute position of each query; lengths_B [B] the tokens cached. A
+    query sees keys at index <= its position and < its sequence's length; one that sees none gives zeros. What the cache
+    holds beyond the length is never used. No gradients.
+    """
+    _check(q_latent_BQHC, q_rope_BQHR, cache_NW, blocks_BP, positions_BQ, lengths_B, block_size)
     out_BQHC: Tensor = dispatch.run(
         NAME, q_latent_BQHC, q_rope_BQHR, cache_NW, blocks_BP, positions_BQ, lengths_B, block_size, scale
     )

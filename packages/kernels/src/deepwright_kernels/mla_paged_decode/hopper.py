@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..cuda_source import Kernel, TensorMap, kernel
+from ..operation import Operation
 
 SOURCE = Path(__file__).with_name("hopper.cu")
 # A block's rows and keys of a page, the values of a swizzled row, and threads: three warpgroups.
@@ -35,15 +36,18 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _kernels(blocks: Tensor, positions: Tensor, lengths: Tensor) -> tuple[Kernel, Kernel]:
+@cache
+def _kernels(
+    blocks: torch.dtype, positions: torch.dtype, lengths: torch.dtype, device: torch.device
+) -> tuple[Kernel, Kernel]:
     defines: dict[str, int | str] = {
-        "BLOCKS_T": _C_TYPES[blocks.dtype],
-        "POSITIONS_T": _C_TYPES[positions.dtype],
-        "LENGTHS_T": _C_TYPES[lengths.dtype],
+        "BLOCKS_T": _C_TYPES[blocks],
+        "POSITIONS_T": _C_TYPES[positions],
+        "LENGTHS_T": _C_TYPES[lengths],
     }
     return (
-        kernel(SOURCE, "mla_decode", defines, SHARED_BYTES, blocks.device),
-        kernel(SOURCE, "mla_combine", defines, 0, blocks.device),
+        kernel(SOURCE, "mla_decode", defines, SHARED_BYTES, device),
+        kernel(SOURCE, "mla_combine", defines, 0, device),
     )
 
 
@@ -52,8 +56,7 @@ def _in_pieces_of_16_bytes(tensor: Tensor) -> Tensor:
     return tensor if aligned and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("deepwright::mla_paged_decode_hopper", mutates_args=())
-def _decode(
+def _launch(
     q_latent_BQHC: Tensor,
     q_rope_BQHR: Tensor,
     cache_NW: Tensor,
@@ -77,7 +80,7 @@ def _decode(
     part_GXC = torch.empty((2 * groups, rows, latent), dtype=torch.float32, device=device)
     weight_GX = torch.empty((2 * groups, rows), dtype=torch.float32, device=device)
     plan_B2 = torch.empty((batch, 2), dtype=torch.int32, device=device)
-    decode, combine = _kernels(blocks_BP, positions_BQ, lengths_B)
+    decode, combine = _kernels(blocks_BP.dtype, positions_BQ.dtype, lengths_B.dtype, device)
     decode.launch(
         (tiles * groups, 1, 1),
         (THREADS, 1, 1),
@@ -105,7 +108,10 @@ def _decode(
     return out_BQHC
 
 
-@_decode.register_fake
+_decode = Operation("mla_paged_decode_hopper", _launch)
+
+
+@_decode.shapes
 def _(
     q_latent_BQHC: Tensor,
     q_rope_BQHR: Tensor,
@@ -130,4 +136,7 @@ def mla_paged_decode(
     scale: float,
 ) -> Tensor:
     """See the operator's docstring."""
-    return _decode(q_latent_BQHC, q_rope_BQHR, cache_NW, blocks_BP, positions_BQ, lengths_B, block_size, scale)
+    out_BQHC: Tensor = _decode(
+        q_latent_BQHC, q_rope_BQHR, cache_NW, blocks_BP, positions_BQ, lengths_B, block_size, scale
+    )
+    return out_BQHC

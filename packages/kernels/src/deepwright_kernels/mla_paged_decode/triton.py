@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operation import Operation
 from .reference import SCALED_LATENTS
 
 LOG2_E = 1.4426950408889634
@@ -328,8 +329,7 @@ def _tile(rows: int, latent: int, rope: int, dtype: torch.dtype, fp8: bool) -> d
     return {"BLOCK_X": 16, "BLOCK_K": 64, "num_warps": 4, "STAGES": 3}
 
 
-@torch.library.custom_op("deepwright::mla_paged_decode", mutates_args=())
-def _decode(
+def _launch(
     q_latent_BQHC: Tensor,
     q_rope_BQHR: Tensor,
     cache_NW: Tensor,
@@ -416,7 +416,10 @@ def _decode(
     return out_BQHC.to(dtype)
 
 
-@_decode.register_fake
+_decode = Operation("mla_paged_decode", _launch)
+
+
+@_decode.shapes
 def _(
     q_latent_BQHC: Tensor,
     q_rope_BQHR: Tensor,
@@ -441,4 +444,7 @@ def mla_paged_decode(
     scale: float,
 ) -> Tensor:
     """See the operator's docstring."""
-    return _decode(q_latent_BQHC, q_rope_BQHR, cache_NW, blocks_BP, positions_BQ, lengths_B, block_size, scale)
+    out_BQHC: Tensor = _decode(
+        q_latent_BQHC, q_rope_BQHR, cache_NW, blocks_BP, positions_BQ, lengths_B, block_size, scale
+    )
+    return out_BQHC
