@@ -4,12 +4,12 @@
 
 `ours` is what `auto` picks on the device (the backend is named). `eager` is the plain reference, `compile` the
 reference under torch.compile, further peers are named for what they are: torch's own operation, FlashMLA, DeepGEMM or
-liger-kernel where they can be imported; `copy` is a plain copy of as many bytes as the row has to move, which for small
-sizes is less than the ceiling, a large copy. Rates count the bytes that have to move, or the products that have to be made,
-whatever an implementation really does; the share is of what this machine reached in the same run with a plain copy or
-a plain matrix product. Times are medians with a cold L2 of the device's work alone; `host` is what the host needs to
-ask for it, which decides where it is more (a CUDA graph takes it away). Memory is what a call takes beyond its inputs.
-Gradients are included where the row says so. Leaves out several GPUs.
+liger-kernel where they can be imported; `copy` is a plain copy of as many bytes as the row has to move, which at
+small sizes stays below the ceiling, a large copy. Rates count the bytes that have to move, or the products that have
+to be made, whatever an implementation really does; the share is of what this machine reached in the same run with a
+large copy or a plain matrix product. Times are medians with a cold L2 of the device's work alone; `host` is what the
+host needs to ask for it, which decides where it is more (a CUDA graph takes it away). Memory is what a call takes
+beyond its inputs. Gradients are included where the row says so. Leaves out several GPUs.
 """
 
 from __future__ import annotations
