@@ -8,6 +8,9 @@ are submitted, the engine's thread counts them. `replace` gives a name to anothe
 requests that come later get the new one, and `retire` ends the old one when nothing of it is leased or open. Several
 names may share a thread (adapters on one engine); the thread ends with the last of them.
 
+Beside them stand models that are loaded and run, but that only the operator may ask for: one that is not live yet, one
+that was and may have to come back.
+
 Everything here is called on the event loop, so nothing needs a lock. Left out: loading models, and deciding which.
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,23 +65,27 @@ class Roster:
 
     def __init__(self, models: Iterable[Served]) -> None:
         self._models = {served.name: served for served in models}
+        self._aside: dict[str, Served] = {}
+        self._ending: list[Served] = []
         self._running = False
+        self._started: set[EngineThread] = set()
 
     # Asking -------------------------------------------------------------------------------------------
 
-    def find(self, name: str) -> Served:
-        """The model of a name; `Refusal` 404 when there is none."""
-        if name not in self._models:
+    def find(self, name: str, operator: bool = False) -> Served:
+        """The model of a name (also of one aside, for the operator); `Refusal` 404 when there is none."""
+        found = self._models.get(name) or (self._aside.get(name) if operator else None)
+        if found is None:
             here = ", ".join(f"'{known}'" for known in self._models)
             raise Refusal(
                 404, f"There is no model '{name}' here; this server has {here}.", param="model", code="model_not_found"
             )
-        return self._models[name]
+        return found
 
     @contextmanager
-    def lease(self, name: str) -> Iterator[Served]:
+    def lease(self, name: str, operator: bool = False) -> Iterator[Served]:
         """The model of a name, which is not ended while the lease lasts."""
-        served = self.find(name)
+        served = self.find(name, operator)
         served.leases += 1
         try:
             yield served
@@ -86,19 +93,24 @@ class Roster:
             served.leases -= 1
 
     def models(self) -> list[Served]:
-        """All of them, in the order in which they came."""
+        """Those that everybody may ask for, in the order in which they came."""
         return list(self._models.values())
 
+    @property
+    def aside(self) -> Mapping[str, Served]:
+        """Those that only the operator may ask for, by the names under which he does."""
+        return self._aside
+
     def threads(self) -> list[Engines]:
-        """The threads that answer, each once."""
-        return list(dict.fromkeys(served.thread for served in self.models()))
+        """The threads that answer, each once: also those of models aside, and of those that are ending."""
+        everything = [*self._models.values(), *self._aside.values(), *self._ending]
+        return list(dict.fromkeys(served.thread for served in everything))
 
     # Changing -----------------------------------------------------------------------------------------
 
     def replace(self, served: Served) -> Served | None:
         """Give `served` its name; returns the model that had it, which goes on with what it has begun."""
-        if self._running:
-            served.thread.start()
+        self._start(served.thread)
         before = self._models.get(served.name)
         self._models[served.name] = served
         return before
@@ -109,17 +121,30 @@ class Roster:
         del self._models[name]
         return served
 
+    def put_aside(self, name: str, served: Served) -> None:
+        """Have a model run that only the operator may ask for, under a name that nobody else's may be."""
+        self._start(served.thread)
+        self._aside[name] = served
+
+    def take_aside(self, name: str) -> Served | None:
+        """Take a model from those aside, running; None when there is none."""
+        return self._aside.pop(name, None)
+
     async def retire(self, served: Served, limit: float) -> None:
         """Wait at most `limit` seconds until a model that has lost its name is idle; then end it and free its memory.
 
         What still runs then is told that it was cut off.
         """
-        until = time.monotonic() + limit
-        while served.busy and time.monotonic() < until:
-            await asyncio.sleep(LOOK_SECONDS)
+        self._ending.append(served)
+        try:
+            until = time.monotonic() + limit
+            while served.busy and time.monotonic() < until:
+                await asyncio.sleep(LOOK_SECONDS)
+        finally:
+            self._ending.remove(served)
         if served.thread not in self.threads():
+            self._started.discard(served.thread)
             await served.thread.stop()
-            del served
             # Modules and their hooks refer to each other: without this, the weights would stay for a while.
             gc.collect()
             if torch.cuda.is_available():
@@ -129,10 +154,16 @@ class Roster:
         """Start every thread; must be called on the event loop that the requests live on."""
         self._running = True
         for thread in self.threads():
-            thread.start()
+            self._start(thread)
 
     async def stop(self) -> None:
         """End every thread."""
         self._running = False
         for thread in self.threads():
             await thread.stop()
+        self._started.clear()
+
+    def _start(self, thread: EngineThread) -> None:
+        if self._running and thread not in self._started:
+            self._started.add(thread)
+            thread.start()

@@ -137,10 +137,12 @@ class EngineThread:
         self._inbox.put(("stop", None))
 
     async def stop(self, limit: float = 10.0) -> None:
-        """Interrupt, and wait until the thread has ended."""
+        """Interrupt, and wait until the thread has ended; then let go of the engine, whoever still knows this thread."""
         if self._thread is not None:
             self.interrupt()
             await asyncio.to_thread(self._thread.join, limit)
+            if not self._thread.is_alive():
+                self.__dict__.pop("_engine", None)
 
     def submit(self, tickets: Iterable[Ticket]) -> None:
         """Hand answers to the engine, all or none; raises `Refusal` when there is no room."""
