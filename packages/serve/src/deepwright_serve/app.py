@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 
 from . import page
+from .admin import add_admin_routes
 from .chat import answer_chat
 from .completion import complete_text
 from .edge import Edge
@@ -92,7 +93,7 @@ def create_app(service: Service) -> Edge:
         summary="Answer a conversation",
     )
     async def chat_completions(http: Request, request: ChatRequest = chat_body) -> Response:
-        with service.roster.lease(request.model) as served:
+        with service.roster.lease(request.model, service.door.is_operator(http.headers)) as served:
             return await answer_chat(service, served, http, request)
 
     @app.post(
@@ -103,9 +104,11 @@ def create_app(service: Service) -> Edge:
         summary="Continue a text",
     )
     async def completions(http: Request, request: CompletionRequest = completion_body) -> Response:
-        with service.roster.lease(request.model) as served:
+        with service.roster.lease(request.model, service.door.is_operator(http.headers)) as served:
             return await complete_text(service, served, http, request)
 
     describe_bodies(app, ChatRequest, CompletionRequest)
+    if service.changes is not None:
+        add_admin_routes(app, service, service.changes)
     app.state.service = service
     return Edge(app, service.door, service.metrics)

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
@@ -32,7 +32,9 @@ from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.model.directory import find_model
 from deepwright_core.stage import write_atomically
 
+from . import operator_key
 from .app import create_app
+from .going_live import GoingLive
 from .keys import Keys
 from .limits import Limits
 from .loading import CACHE_TOKENS, Loading
@@ -52,7 +54,10 @@ def serve(
     port: int = PORT,
     *,
     name: str = "deepwright",
+    version: str = "",
     api_key_file: Path | None = None,
+    admin_key_file: Path | None = None,
+    admin_models: Sequence[Path] = (),
     device: str = "auto",
     precision: str = "auto",
     threads: int = 0,
@@ -65,11 +70,14 @@ def serve(
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C.
 
+    version: which of that name's it is, as the operator's routes tell it. admin_key_file: the operator's key; it is
+    made where there is none. admin_models: directories from below which models may be loaded while the server runs.
     address_file: written once requests are taken, as {"address", "host", "port", "pid"}.
     end_with_stdin: end when standard input is closed, that is, when the process that holds its other end is gone.
     """
     limits = limits or Limits()
     directory = find_model(model_directory)
+    operator = operator_key.of_server(admin_key_file, admin_models)
     local = is_loopback(host)
     if not local and api_key_file is None:
         raise RequestError(
@@ -81,13 +89,10 @@ def serve(
         if threads:
             torch.set_num_threads(threads)
         loading = Loading(device, precision, cache_tokens, cache_dtype, limits, replicas)
-        served = loading.load(directory, name)
-        run(
-            Service(Roster([served]), limits, keys, local),
-            listener,
-            address_file=address_file,
-            end_with_stdin=end_with_stdin,
-        )
+        roster = Roster([loading.load(directory, name, version)])
+        changes = None if operator is None else GoingLive(roster, loading, admin_models, limits.drain_seconds)
+        service = Service(roster, limits, keys, local, operator, changes)
+        run(service, listener, address_file=address_file, end_with_stdin=end_with_stdin)
 
 
 def is_loopback(host: str) -> bool:
@@ -207,6 +212,13 @@ def _end_with_stdin(server: GracefulServer) -> None:
 @click.option("--port", default=PORT, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option("--name", default="deepwright", show_default=True, help="The model's name in requests.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys to accept, one a line.")
+@click.option("--admin-key-file", type=click.Path(path_type=Path), help="The operator's key; made if it is not there.")
+@click.option(
+    "--admin-models",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Let the operator load models from below this directory while the server runs. Repeatable.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"]))
 @click.option("--threads", default=0, type=click.IntRange(0), help="CPU threads of the model (0: all cores).")

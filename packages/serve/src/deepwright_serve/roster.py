@@ -68,7 +68,7 @@ class Roster:
         self._aside: dict[str, Served] = {}
         self._ending: list[Served] = []
         self._running = False
-        self._started: set[EngineThread] = set()
+        self._started: set[Engines] = set()
 
     # Asking -------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class Roster:
             await thread.stop()
         self._started.clear()
 
-    def _start(self, thread: EngineThread) -> None:
+    def _start(self, thread: Engines) -> None:
         if self._running and thread not in self._started:
             self._started.add(thread)
             thread.start()

@@ -137,7 +137,7 @@ class EngineThread:
         self._inbox.put(("stop", None))
 
     async def stop(self, limit: float = 10.0) -> None:
-        """Interrupt, and wait until the thread has ended; then let go of the engine, whoever still knows this thread."""
+        """Interrupt, wait until the thread has ended, and let go of the engine, whoever still knows this thread."""
         if self._thread is not None:
             self.interrupt()
             await asyncio.to_thread(self._thread.join, limit)

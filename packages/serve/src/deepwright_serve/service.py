@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from deepwright_core.engine import SamplingParams
 
 from .edge import Door
+from .going_live import GoingLive
 from .keys import Keys
 from .limits import Limits
 from .metrics import Metrics
@@ -26,15 +27,17 @@ FRESH_SECONDS = 1.0
 
 @dataclass
 class Service:
-    """What the routes work with."""
+    """What the routes work with. operator, changes: who may change what is served, and how; None: nobody."""
 
     roster: Roster
     limits: Limits = field(default_factory=Limits)
     keys: Keys | None = None
     local: bool = True
+    operator: Keys | None = None
+    changes: GoingLive | None = None
 
     def __post_init__(self) -> None:
-        self.door = Door(self.keys, self.local, header_bytes=self.limits.header_bytes)
+        self.door = Door(self.keys, self.local, operator=self.operator, header_bytes=self.limits.header_bytes)
         self.metrics = Metrics(self._threads)
         self._probes: dict[EngineThread, asyncio.Task[None]] = {}
 
@@ -97,7 +100,7 @@ class Service:
             raise Refusal(503, "The server is shutting down.", code="shutting_down")
         for served in self.roster.models():
             _require_working(served)
-        if all(thread.open >= thread.capacity for thread in self.roster.threads()):
+        if all(served.thread.open >= served.thread.capacity for served in self.roster.models()):
             raise Refusal(503, "Every place is taken.", code="queue_full")
 
     async def prove_alive(self) -> None:
@@ -105,10 +108,10 @@ class Service:
 
         `Refusal` when one does not within the deadline.
         """
-        await asyncio.gather(*(self._prove_alive(served) for served in self.roster.models()))
+        await asyncio.gather(*(self.prove(served) for served in self.roster.models()))
 
-    async def _prove_alive(self, served: Served) -> None:
-        """Each engine of a model, but for those whose place others have taken."""
+    async def prove(self, served: Served) -> None:
+        """The same for one model: each of its engines, but for those whose place others have taken."""
         _require_working(served)
         working = [replica for replica in served.thread.replicas if replica.broken is None]
         await asyncio.gather(*(self._prove_engine(replica, served) for replica in working))
