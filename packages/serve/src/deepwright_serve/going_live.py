@@ -161,10 +161,9 @@ class GoingLive:
                 self.roll_back(served.name, trouble)
                 return
             await asyncio.sleep(min(LOOK_SECONDS, max(until - time.monotonic(), 0.0)))
-        count = served.thread.answered - answered
-        self._say(
-            served.name, "proved", f"Version {_named(served)} has answered {count} times in {seconds:g} s and stays."
-        )
+        count, lost = served.thread.answered - answered, served.thread.failed - failed
+        message = f"Version {_named(served)} has proved itself: in {seconds:g} s, {count} answers and {lost} failures."
+        self._say(served.name, "proved", message)
         await self._end(self._roster.take_aside(previous_of(served.name)))
 
     async def _end(self, served: Served | None) -> None:
