@@ -200,7 +200,9 @@ class GoingLive:
     def _require_memory(self, path: Path) -> None:
         device, _ = self._loading.place()
         needed = int(self._loading.bytes_of(path) * HEADROOM)
-        free = free_bytes(device)
+        replicas = self._loading.replicas if device.type == "cuda" else 1
+        places = [device] if replicas == 1 else [torch.device("cuda", number) for number in range(replicas)]
+        free = min(map(free_bytes, places))
         if needed > free:
             raise Refusal(
                 507,
