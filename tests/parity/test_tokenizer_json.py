@@ -168,3 +168,13 @@ def test_its_own_template_gives_transformers_ids(kind: str, turn: str) -> None:
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "def add"}]
         ids = theirs.apply_chat_template(messages, return_dict=False)
         assert own.chat(messages, add_generation_prompt=False) == list(ids), text
+
+
+@ALL
+def test_the_bytes_of_tokens_make_up_the_text(kind: str) -> None:
+    _, ours, _ = made(kind)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        # A tokenizer that marks words also marks the first, whose space decoding takes away.
+        whole = b"".join(map(ours.token_bytes, ids)).decode()
+        assert whole in (ours.decode(ids), f" {ours.decode(ids)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 import uvicorn
 
 from deepwright_core import plugins
-from deepwright_core.engine import EngineStats, SamplingParams, TokenEvent
+from deepwright_core.engine import EngineStats, SamplingParams, TokenEvent, TokenScore
 from deepwright_core.errors import RequestError
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.directory import save_model
@@ -61,7 +62,8 @@ def model_directory(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFacto
 class ScriptedEngine:
     """Answers every prompt with `script(prompt)`, one token a step, and keeps a record of what it was asked.
 
-    `gate` holds up the steps while it is cleared. `fail` makes the next steps raise.
+    `gate` holds up the steps while it is cleared. `fail` makes the next steps raise. Scores are made up: a token's is
+    -0.5, and the alternatives after it are the ids from 100 upwards, each half as probable as the one before.
     """
 
     def __init__(self, script: Callable[[list[int]], list[int]], eos_id: int) -> None:
@@ -74,6 +76,7 @@ class ScriptedEngine:
         self.cancelled: list[int] = []
         self.running: dict[int, list[int]] = {}
         self._left: dict[int, int] = {}
+        self._begun: set[int] = set()
 
     def add(self, prompt_ids: list[int], params: SamplingParams, *, salt: str = "") -> int:
         if 777_777 in prompt_ids:
@@ -110,9 +113,25 @@ class ScriptedEngine:
             reason: Any = "stop" if token == self.eos_id else "length" if self._left[number] == 0 else None
             if reason:
                 del self.running[number]
-            events.append(TokenEvent(number, token, -0.5, reason, cached_tokens=1))
+            events.append(TokenEvent(number, token, -0.5, reason, cached_tokens=1, **self._scores(number, token)))
         time.sleep(0.0005)
         return events
+
+    def _scores(self, number: int, token: int) -> dict[str, Any]:
+        prompt, params, _ = self.asked[number]
+
+        def score(token: int, count: int) -> TokenScore:
+            others = [(100 + n, -0.5 - n * math.log(2)) for n in range(count)]
+            return TokenScore(token, -0.5, ((token, -0.5), *others[1:]) if count else ())
+
+        first = number not in self._begun
+        self._begun.add(number)
+        scores: dict[str, Any] = {}
+        if params.scores is not None:
+            scores["score"] = score(token, params.scores)
+        if params.prompt_scores is not None and first:
+            scores["prompt_scores"] = tuple(score(given, params.prompt_scores) for given in prompt[1:])
+        return scores
 
 
 def service_of(
@@ -193,3 +212,20 @@ def serve_script(tokenizer: Tokenizer) -> Iterator[Callable[..., Running]]:
 @pytest.fixture
 def serve_service() -> Callable[[Service], Any]:
     return running
+
+
+@pytest.fixture(scope="module")
+def scripted(tokenizer: Tokenizer) -> Iterator[Callable[[str], Running]]:
+    """One server for a whole module: give it its answer, get it with a clean record of what it was asked."""
+    engine = ScriptedEngine(lambda prompt: [], tokenizer.eos_id)
+    with running(service_of(engine, tokenizer, context=512)) as server:
+
+        def answering(answer: str) -> Running:
+            server.until_idle()
+            engine.script = lambda prompt: tokenizer.encode(answer, allow_special=True)
+            engine.asked.clear()
+            engine.cancelled.clear()
+            engine._begun.clear()
+            return server
+
+        yield answering

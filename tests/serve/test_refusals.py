@@ -15,6 +15,11 @@ CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "hello"}]
 GOOD = {"model": "tiny", "messages": USER}
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+JSON = {"type": "json_object"}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}
+
 # (fields that replace those of a good request, the param that the error names)
 WRONG = [
     ({"model": None}, "model"),
@@ -25,13 +30,17 @@ WRONG = [
     ({"messages": "hello"}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id"),
+    ({"messages": [*USER, {"role": "tool", "content": "x", "tool_call_id": "a"}]}, "messages.1.tool_call_id"),
+    ({"messages": [*USER, {"role": "assistant"}, *USER]}, "messages.1.content"),
+    ({"messages": [*USER, {"role": "assistant", "tool_calls": [CALL]}, *USER]}, "messages"),
+    ({"messages": [*USER, {"role": "assistant", "content": "x", "prefix": True}, *USER]}, "messages"),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, None),
     ({"messages": [{"role": "user", "content": "x", "spell": 1}]}, "messages.0.spell"),
-    ({"messages": [{"role": "assistant", "content": "x"}]}, None),
-    ({"messages": [*USER, {"role": "system", "content": "late"}, *USER]}, None),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+    ({"messages": [*USER, {"role": "system", "content": "late"}, *USER]}, "messages"),
     ({"messages": USER * 1025}, "messages"),
     ({"temperature": 2.1}, "temperature"),
     ({"temperature": -0.1}, "temperature"),
@@ -50,23 +59,50 @@ WRONG = [
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 100_000}, "max_tokens"),
     ({"max_tokens": 10**30}, "max_tokens"),
-    ({"max_tokens": 5, "max_completion_tokens": 6}, None),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+    ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
     ({"stop": ""}, "stop"),
     ({"stop": ["a"] * 17}, "stop"),
     ({"stop": "a" * 257}, "stop"),
     ({"stop": [1]}, None),
     ({"stream": "yes"}, "stream"),
-    ({"stream_options": {"include_usage": True}}, None),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include": 1}}, "stream_options.include"),
     ({"thinking": "on"}, "thinking"),
     ({"thinking": {"type": "maybe"}}, "thinking.type"),
     ({"reasoning_effort": "colossal"}, "reasoning_effort"),
     ({"max_token": 5}, "max_token"),
-    ({"tools": [{"type": "function"}]}, "tools"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type"),
-    ({"logprobs": True}, "logprobs"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"thinking": {"type": "disabled", "budget_tokens": 5}}, "thinking.type"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 5, "min_tokens": 6}}, "thinking.min_tokens"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function"),
+    ({"tools": [{"type": "function", "function": {"name": "has spaces"}}]}, "tools.0.function.name"),
+    ({"tools": [TOOL, TOOL]}, "tools"),
+    ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [TOOL] * 129}, "tools"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format.json_schema.name"),
+    ({"response_format": SCHEMA | {"strict": True}}, "response_format.strict"),
+    ({"response_format": JSON, "guided_regex": "a"}, "guided_regex"),
+    ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs.json"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_regex": "("}, "guided_regex"),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"guided_json": {"type": "colour"}}, "guided_json"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logit_bias": {"a": 1}}, "logit_bias.a"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ({"logit_bias": {"320": 1}}, "logit_bias"),
+    ({"stop_token_ids": [320]}, "stop_token_ids"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty"),
+    ({"presence_penalty": -3}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"add_generation_prompt": False}, "add_generation_prompt"),
 ]
 
 
@@ -92,7 +128,7 @@ def test_each_wrong_field_is_named(serve_script: Callable[..., Any]) -> None:
     assert server.engine.asked == []
 
 
-def test_neutral_values_of_what_is_not_there_are_accepted(serve_script: Callable[..., Any]) -> None:
+def test_neutral_values_are_accepted(serve_script: Callable[..., Any]) -> None:
     server = serve_script()
     neutral = {
         "tools": [], "tool_choice": "none", "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0.0,
@@ -173,9 +209,9 @@ def test_prompts_that_do_not_fit(serve_script: Callable[..., Any]) -> None:
         ({"prompt": ["a"] * 65}, None),
         ({"prompt": [10_000]}, "prompt"),
         ({"prompt": [-1]}, None),
-        ({"prompt": "x", "echo": True}, "echo"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "best_of": 3}, "best_of"),
-        ({"prompt": "x", "logprobs": 1}, "logprobs"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
     ],
 )
@@ -210,6 +246,14 @@ def test_any_json_is_answered_with_200_or_a_4xx(serve_script: Callable[..., Any]
         "stop",
         "thinking",
         "tools",
+        "tool_choice",
+        "response_format",
+        "logprobs",
+        "top_logprobs",
+        "logit_bias",
+        "structured_outputs",
+        "guided_choice",
+        "chat_template_kwargs",
     ]
     fields = st.dictionaries(st.sampled_from([*names, "stream_options", "user", "odd"]), values, max_size=4)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from fastapi import Depends, FastAPI, Request
 
 from .going_live import GoingLive
-from .openapi import body_schema, describe_bodies, only
+from .openapi import BODY, body_schema, describe_bodies, refusals
 from .protocol.admin import AdminStatus, LiveRequest, LoadRequest, NameRequest
 from .reading import body_of
-from .refusal import ErrorReply, Refusal
+from .refusal import Refusal
 from .service import Service
 
-REFUSED = {**only(400, 401, 403, 408, 413, 415), 409: {"model": ErrorReply}}
+REFUSED = refusals(*BODY, 409)
 
 
 def add_admin_routes(app: FastAPI, service: Service, changes: GoingLive) -> None:
@@ -36,7 +36,7 @@ def add_admin_routes(app: FastAPI, service: Service, changes: GoingLive) -> None
     @app.get(
         "/admin/models",
         response_model=AdminStatus,
-        responses=only(401, 403),
+        responses=refusals(),
         dependencies=may,
         summary="What is loaded, and how the latest changes went",
     )
@@ -46,7 +46,7 @@ def add_admin_routes(app: FastAPI, service: Service, changes: GoingLive) -> None
     @app.post(
         "/admin/models",
         response_model=AdminStatus,
-        responses={**REFUSED, 507: {"model": ErrorReply}},
+        responses=refusals(*BODY, 409, 507),
         openapi_extra=body_schema(LoadRequest),
         dependencies=may,
         summary="Load a version beside what runs",

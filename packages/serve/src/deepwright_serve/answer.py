@@ -1,30 +1,49 @@
-"""From token ids to the text of one answer: thinking apart from content, stop strings cut, never half a character.
+"""From token ids to the text of one answer: thinking and calls apart from content, stop strings cut, never half a
+character.
 
 Thinking is told by token id: it begins with `<think>` (generated, or already in the prompt) and ends at `</think>`.
-Text that merely looks like those tags stays text. Stop strings are looked for in the content only, so that they cannot
-cut a thought short.
+Calls of tools are told in the same way, in answers that may hold some. Text that merely looks like those marks stays
+text. Stop strings are looked for in the content only, so that they cannot cut a thought or a call short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from deepwright_core.engine import TokenScore
 from deepwright_core.tokenizer import StreamDecoder, Tokenizer
+
+from .calls import Call, CallPiece, CallReader
+
+
+class Scored(NamedTuple):
+    """A token's score, and where in the content its text begins, in characters."""
+
+    score: TokenScore
+    offset: int
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What became known with a token."""
+    """What became known with a token. scores: of the tokens whose text is now certain."""
 
     reasoning: str = ""
     content: str = ""
+    calls: tuple[CallPiece, ...] = ()
+    scores: tuple[Scored, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.reasoning or self.content)
+        return bool(self.reasoning or self.content or self.calls or self.scores)
 
     def __add__(self, other: Delta) -> Delta:
-        return Delta(self.reasoning + other.reasoning, self.content + other.content)
+        return Delta(
+            self.reasoning + other.reasoning,
+            self.content + other.content,
+            self.calls + other.calls,
+            self.scores + other.scores,
+        )
 
 
 class StopStrings:
@@ -63,24 +82,39 @@ class StopStrings:
 
 
 class Answer:
-    """One answer as it grows. Feed it each generated token, then `finish`."""
+    """One answer as it grows. Feed it each generated token, then `finish`.
 
-    def __init__(self, tokenizer: Tokenizer, *, stops: Sequence[str] = (), thinking: bool = False) -> None:
+    thinking: whether the prompt has opened a thought. calls: whether the answer may call tools.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, stops: Sequence[str] = (), thinking: bool = False, calls: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._thinking = thinking
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopStrings(stops)
+        self._begin_calls = tokenizer.marks["tool_calls_begin"] if calls else None
+        self._reader: CallReader | None = None
+        self._decoded = 0  # characters of content, those included that are held back
+        self._pending: list[Scored] = []
         self.tokens = 0
         self.reasoning_tokens = 0
         self.reasoning = ""
         self.content = ""
+        self.scores: list[Scored] = []
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string was met: nothing after it belongs to the answer."""
         return self._stops.found
 
-    def push(self, token_id: int) -> Delta:
+    @property
+    def calls(self) -> list[Call]:
+        """The calls so far."""
+        return [] if self._reader is None else self._reader.calls
+
+    def push(self, token_id: int, score: TokenScore | None = None) -> Delta:
         """Take one token; returns the text that it made certain."""
         if self.stopped:
             return Delta()
@@ -89,41 +123,75 @@ class Answer:
             self._thinking = True
         self.tokens += 1
         self.reasoning_tokens += self._thinking
-        delta = self._take(self._decoder.push(token_id))
-        if token_id == self._tokenizer.think_end_id:
+        if self._reader is not None:
+            return Delta(calls=self._reader.push(token_id))
+        if token_id == self._begin_calls and not self._thinking:
+            delta = self._rest_of_content()
+            self._reader = CallReader(self._tokenizer)
+            return delta
+        if score is not None and self._counts(token_id):
+            self._pending.append(Scored(score, self._decoded))
+        delta = self._take(self._text(token_id))
+        if token_id == self._tokenizer.think_end_id and self._thinking:
+            # Half a character at the end of a thought does not become the answer's.
+            delta += self._take(self._decoder.flush())
             self._thinking = False
         return delta
 
     def finish(self) -> Delta:
         """Everything still held back."""
-        if self.stopped:
-            return Delta()
+        if self._reader is not None:
+            return Delta(calls=self._reader.finish())
+        return Delta() if self.stopped else self._rest_of_content()
+
+    def _rest_of_content(self) -> Delta:
         delta = self._take(self._decoder.flush())
-        if self.stopped:
+        if self.stopped or self._thinking:
             return delta
         rest = self._stops.flush()
         self.content += rest
-        return delta + Delta(content=rest)
+        return delta + Delta(content=rest, scores=self._release(everything=True))
+
+    def _counts(self, token_id: int) -> bool:
+        """Whether a token belongs to the content: scores are given for no other."""
+        return not self._thinking and token_id not in self._tokenizer.special_ids
+
+    def _text(self, token_id: int) -> str:
+        return self._decoder.push(token_id)
 
     def _take(self, text: str) -> Delta:
         if self._thinking:
             self.reasoning += text
             return Delta(reasoning=text)
+        self._decoded += len(text)
         text = self._stops.push(text)
         self.content += text
-        return Delta(content=text)
+        return Delta(content=text, scores=self._release())
+
+    def _release(self, everything: bool = False) -> tuple[Scored, ...]:
+        """Scores of the tokens that have begun in the certain content; what a stop string cuts off gets none."""
+        count = sum(everything or scored.offset < len(self.content) for scored in self._pending)
+        released = tuple(self._pending[:count])
+        del self._pending[:count]
+        self.scores += released
+        return released
 
 
 class Continuation(Answer):
-    """The text of a plain completion: no thinking is split off, its tags are written out."""
+    """The text of a plain completion: no thinking is split off, its tags are written out, and every token counts."""
 
-    def push(self, token_id: int) -> Delta:
+    def push(self, token_id: int, score: TokenScore | None = None) -> Delta:
         if self.stopped:
             return Delta()
         self.tokens += 1
+        if score is not None:
+            self._pending.append(Scored(score, self._decoded))
+        return self._take(self._text(token_id))
+
+    def _text(self, token_id: int) -> str:
         text = self._decoder.push(token_id)
         if token_id == self._tokenizer.think_start_id:
-            text += "<think>"
-        elif token_id == self._tokenizer.think_end_id:
-            text += "</think>"
-        return self._take(text)
+            return text + "<think>"
+        if token_id == self._tokenizer.think_end_id:
+            return text + "</think>"
+        return text

@@ -1,13 +1,15 @@
 """The application: routes over a roster of models.
 
 A chat request goes: body -> `protocol.ChatRequest` -> prompt ids (chat form) -> `Generation` -> JSON or SSE.
-Left out: tools, structured output, log-probabilities, metrics for dashboards.
+Left out: embeddings, responses, files and the rest of OpenAI's routes; what is there is real.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import metadata
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
@@ -18,20 +20,25 @@ from .chat import answer_chat
 from .completion import complete_text
 from .edge import Edge
 from .errors import add_error_objects
-from .openapi import METRICS, REFUSALS, body_schema, describe_bodies, only
+from .openapi import BODY, METRICS, answers, body_schema, describe_bodies, describe_events, refusals
 from .protocol import (
+    ChatChunk,
     ChatReply,
     ChatRequest,
     CompletionReply,
     CompletionRequest,
+    DetokenizeReply,
+    DetokenizeRequest,
     ModelCard,
     ModelList,
     Status,
+    TokenizeReply,
+    TokenizeRequest,
+    Version,
 )
 from .reading import body_of
-from .refusal import ErrorReply
-from .roster import Served
 from .service import Service
+from .tokens import to_text, to_tokens
 
 
 def create_app(service: Service) -> Edge:
@@ -54,17 +61,19 @@ def create_app(service: Service) -> Edge:
     chat_page = page.load()
     chat_body = Depends(body_of(ChatRequest, service.limits))
     completion_body = Depends(body_of(CompletionRequest, service.limits))
+    tokenize_body = Depends(body_of(TokenizeRequest, service.limits))
+    detokenize_body = Depends(body_of(DetokenizeRequest, service.limits))
 
-    @app.get("/", response_class=HTMLResponse, summary="The chat page")
+    @app.get("/", response_class=HTMLResponse, responses=refusals(closed=False), summary="The chat page")
     async def chat_window() -> Response:
         return HTMLResponse(chat_page.html, headers={"content-security-policy": chat_page.policy})
 
-    @app.get("/ready", response_model=Status, responses={503: {"model": ErrorReply}}, summary="May requests be sent?")
+    @app.get("/ready", response_model=Status, responses=refusals(closed=False), summary="May requests be sent?")
     async def ready() -> Status:
         service.require_ready()
         return Status()
 
-    @app.get("/health", response_model=Status, responses={503: {"model": ErrorReply}}, summary="Does it generate?")
+    @app.get("/health", response_model=Status, responses=refusals(closed=False), summary="Does it generate?")
     async def health() -> Status:
         await service.prove_alive()
         return Status()
@@ -74,21 +83,23 @@ def create_app(service: Service) -> Edge:
         body, kind = service.metrics.expose(http.headers.get("accept", ""))
         return Response(body, headers={"content-type": kind})
 
-    def card(served: Served) -> ModelCard:
-        return ModelCard(id=served.name, created=served.created, max_model_len=served.context)
+    @app.get("/version", response_model=Version, responses=refusals(), summary="The version of the server")
+    async def version() -> Version:
+        return Version(version=metadata.version("deepwright-serve"))
 
-    @app.get("/v1/models", response_model=ModelList, responses={401: {"model": ErrorReply}})
+    @app.get("/v1/models", response_model=ModelList, responses=refusals(), summary="What can be asked")
     async def models() -> ModelList:
-        return ModelList(data=[card(served) for served in service.roster.models()])
+        return ModelList(data=service.cards())
 
-    @app.get("/v1/models/{name:path}", response_model=ModelCard, responses=only(401, 404))
+    @app.get("/v1/models/{name:path}", response_model=ModelCard, responses=refusals(404), summary="One of the models")
     async def model(name: str) -> ModelCard:
-        return card(service.roster.find(name))
+        wanted = service.roster.find(name)
+        return next(card for card in service.cards() if card.id == wanted.name)
 
     @app.post(
         "/v1/chat/completions",
         response_model=ChatReply,
-        responses=REFUSALS,
+        responses=answers(ChatChunk),
         openapi_extra=body_schema(ChatRequest),
         summary="Answer a conversation",
     )
@@ -99,7 +110,7 @@ def create_app(service: Service) -> Edge:
     @app.post(
         "/v1/completions",
         response_model=CompletionReply,
-        responses=REFUSALS,
+        responses=answers(CompletionReply),
         openapi_extra=body_schema(CompletionRequest),
         summary="Continue a text",
     )
@@ -107,7 +118,30 @@ def create_app(service: Service) -> Edge:
         with service.roster.lease(request.model, service.door.is_operator(http.headers)) as served:
             return await complete_text(service, served, http, request)
 
-    describe_bodies(app, ChatRequest, CompletionRequest)
+    @app.post(
+        "/tokenize",
+        response_model=TokenizeReply,
+        responses=refusals(*BODY, 404),
+        openapi_extra=body_schema(TokenizeRequest),
+        summary="A text or a conversation as token ids",
+    )
+    async def tokenize(request: TokenizeRequest = tokenize_body) -> TokenizeReply:
+        with service.roster.lease(request.model or service.first) as served:
+            return await asyncio.to_thread(to_tokens, served, request)
+
+    @app.post(
+        "/detokenize",
+        response_model=DetokenizeReply,
+        responses=refusals(*BODY, 404),
+        openapi_extra=body_schema(DetokenizeRequest),
+        summary="Token ids as text",
+    )
+    async def detokenize(request: DetokenizeRequest = detokenize_body) -> DetokenizeReply:
+        with service.roster.lease(request.model or service.first) as served:
+            return await asyncio.to_thread(to_text, served, request)
+
+    describe_bodies(app, ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    describe_events(app, ChatChunk)
     if service.changes is not None:
         add_admin_routes(app, service, service.changes)
     app.state.service = service

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.types import Receive
 
-from deepwright_core.engine import SamplingParams, TokenEvent
+from deepwright_core.engine import SamplingParams, TokenEvent, TokenScore
 
 from .answer import Answer, Delta
 from .limits import Limits
-from .protocol import Usage
+from .protocol import ChatFinishReason, Prices, Usage
 from .record import ABORTED, FAILED, RequestRecord
 from .refusal import Refusal
 from .roster import Served
@@ -34,7 +34,7 @@ class Update:
 
     index: int
     delta: Delta
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: ChatFinishReason | None = None
 
 
 class Generation:
@@ -47,11 +47,13 @@ class Generation:
         params: Sequence[SamplingParams],
         answers: Sequence[Answer],
         record: RequestRecord,
+        prices: Prices | None = None,
     ) -> None:
         self._thread = served.thread
         self.record = record
         self._model = served.name
         self.answers = answers
+        self._prices = prices
         self._queue: asyncio.Queue[tuple[int, TokenEvent | Refusal]] = asyncio.Queue()
         self._tickets = [
             Ticket(prompt, sampling, self._sink(index), record.tenant.salt)
@@ -59,6 +61,8 @@ class Generation:
         ]
         self._unfinished = set(range(len(self._tickets)))
         self._cached: dict[int, int] = {}
+        # Of the answers that asked for them: scores of all tokens of the prompt but the first.
+        self.prompt_scores: dict[int, tuple[TokenScore, ...]] = {}
 
     def _sink(self, index: int) -> Callable[[TokenEvent | Refusal], None]:
         def take(item: TokenEvent | Refusal) -> None:
@@ -118,14 +122,17 @@ class Generation:
             return
         if event.token_id is None or event.finish_reason == "cancelled":
             raise Refusal(500, "The engine cancelled the request.", code="engine_failed")
-        update.delta += answer.push(event.token_id)
+        if event.prompt_scores is not None:
+            self.prompt_scores[update.index] = event.prompt_scores
+        update.delta += answer.push(event.token_id, event.score)
         self._cached[update.index] = event.cached_tokens
         if answer.stopped:
             self._thread.cancel(self._tickets[update.index])
             update.finish_reason = "stop"
         elif event.finish_reason is not None:
             update.delta += answer.finish()
-            update.finish_reason = event.finish_reason
+            called = answer.calls and event.finish_reason == "stop"
+            update.finish_reason = "tool_calls" if called else event.finish_reason
         if update.finish_reason is not None:
             self._unfinished.discard(update.index)
             self.record.finished(update.index, update.finish_reason)
@@ -142,6 +149,7 @@ class Generation:
             completion=sum(answer.tokens for answer in self.answers),
             cached=sum(self._cached.get(first, 0) for first in distinct),
             reasoning=sum(answer.reasoning_tokens for answer in self.answers),
+            prices=self._prices,
         )
 
 

@@ -1,7 +1,7 @@
 """Every bound of the server in one place: sizes, lengths, queues and times.
 
 A request that passes a bound is answered with a 4xx and a sentence; nothing grows without one of these.
-Bounds that belong to a single field (temperature, n, number of stop strings) stand beside it in `protocol`.
+Bounds that belong to a single field (temperature, n) stand beside it in `protocol`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,14 @@ MAX_MESSAGES = 1024
 MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_BIASES = 1024
+# As many alternatives as OpenAI gives.
+MAX_LOGPROBS = 20
+MAX_TOOLS = 128
+MAX_CALLS = 128
+MAX_REGEX_LENGTH = 4096
+MAX_CHOICES_OF_FORM = 1024
+MAX_CHOICE_LENGTH = 1024
 
 
 class Limits(BaseModel):

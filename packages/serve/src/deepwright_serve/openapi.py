@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 
 from .refusal import ErrorReply
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorReply} for status in (400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 503, 504)
-}
+Responses = dict[int | str, dict[str, Any]]
 
 
+def refusals(*statuses: int, closed: bool = True) -> Responses:
+    """The error objects that a route may answer with: these, and what can happen to any request.
+
+    closed: whether the route needs a key, where there are keys.
+    """
+    door = (401, 403, 429, 431, 500, 503) if closed else (403, 431, 500, 503)
+    return {status: {"model": ErrorReply} for status in sorted({*door, *statuses})}
+
+
+# What reading a body may come to.
+BODY = (400, 408, 413, 415)
 # The text of /metrics, in whichever of its forms was asked for.
-METRICS: dict[int | str, dict[str, Any]] = {
+METRICS: Responses = {
     200: {"description": "Every series", "content": {"text/plain": {"schema": {"type": "string"}}}},
-    401: {"model": ErrorReply},
+    **refusals(),
 }
 
 
-def only(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Of the refusals, those with these statuses."""
-    return {status: REFUSALS[status] for status in statuses}
+def answers(chunk: type[BaseModel]) -> Responses:
+    """The responses of a route that generates: its reply, or (stream: true) events that each hold a `chunk`."""
+    events = {
+        "type": "string",
+        "description": f"Server-sent events. The data of each is a {chunk.__name__} (as JSON), an error object, or, "
+        "at the end, [DONE].",
+    }
+    return {
+        200: {"description": "The answer", "content": {"text/event-stream": {"schema": events}}},
+        **refusals(*BODY, 404, 504),
+    }
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -34,13 +52,22 @@ def body_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 def describe_bodies(app: FastAPI, *models: type[BaseModel]) -> None:
     """Put the schemas of bodies that the routes read themselves into the OpenAPI document."""
+    _describe(app, models, "validation")
+
+
+def describe_events(app: FastAPI, *models: type[BaseModel]) -> None:
+    """Put the schemas of what streams are made of into the OpenAPI document."""
+    _describe(app, models, "serialization")
+
+
+def _describe(app: FastAPI, models: Sequence[type[BaseModel]], mode: Literal["validation", "serialization"]) -> None:
     build = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = build()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         for model in models:
-            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode=mode)
             schemas.update(schema.pop("$defs", {}))
             schemas[model.__name__] = schema
         return document

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,7 @@ from deepwright_core.errors import did_you_mean
 
 from .generation import HungUp
 from .limits import Limits
+from .protocol.wire import Wrong
 from .refusal import Refusal
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -53,19 +55,24 @@ def body_of(model: type[Model], limits: Limits) -> Callable[[Request], Awaitable
         try:
             return model.model_validate_json(body)
         except ValidationError as error:
-            raise refusal(error, model) from None
+            raise refusal(error, model, body) from None
 
     return parse
 
 
-def refusal(error: ValidationError, model: type[BaseModel]) -> Refusal:
+def refusal(error: ValidationError, model: type[BaseModel], body: bytes) -> Refusal:
     """One 400 that tells what is wrong in each field."""
-    problems: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False):
+    items = error.errors(include_url=False)
+    for item in items:
         if item["type"] == "json_invalid":
             return Refusal(400, f"The body is not valid JSON: {item['ctx']['error']}.", code="invalid_json")
-        path = _path(item)
+    sent = json.loads(body)
+    problems: dict[str, list[str]] = {}
+    for item in items:
+        path = _path(item, sent)
         problems.setdefault(path, []).append(_sentence(item, path, model))
+    # Of a field of several types, what is wrong inside of it says more than that it is none of the others.
+    problems = {path: found for path, found in problems.items() if not any(p.startswith(f"{path}.") for p in problems)}
     sentences = []
     for path, found in list(problems.items())[:SHOWN]:
         # A field of several types fails once for each of them: say what it holds once.
@@ -79,25 +86,49 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> Refusal:
     return Refusal(400, " ".join(sentences), param=next(iter(problems)) or None, code="invalid_value")
 
 
-def _path(item: Any) -> str:
-    """The field's path as the client wrote it: without pydantic's names for the members of a union."""
-    kept = []
-    for place, part in enumerate(item["loc"]):
-        last = place == len(item["loc"]) - 1 and item["type"] in ("extra_forbidden", "missing")
-        if isinstance(part, int) or last or (part.isidentifier() and part not in ("str", "int", "float", "bool")):
-            kept.append(str(part))
+def _path(item: Any, sent: Any) -> str:
+    """The field's path as the client wrote it: without pydantic's names for the members of a union, which are in the
+    location but not in what was sent."""
+    location = item["loc"]
+    kept = _found(location, sent)
+    if item["type"] == "extra_forbidden" and kept[-1] != location[-1]:
+        # The name of a member was taken for the field that bears the same name.
+        kept = max((_found((*location[:n], *location[n + 1 :]), sent) for n in range(len(location) - 1)), key=len)
+    if item["type"] == "missing":
+        kept.append(str(location[-1]))
+    elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kept.append(item["ctx"]["discriminator"].strip("'"))
+    elif item["type"] == "value_error" and isinstance(item["ctx"]["error"], Wrong):
+        kept.append(item["ctx"]["error"].field)
     return ".".join(kept)[:200]
+
+
+def _found(location: Sequence[int | str], sent: Any) -> list[str]:
+    """The parts of a location that lead somewhere in what was sent."""
+    kept: list[str] = []
+    for part in location:
+        within = isinstance(sent, dict) and part in sent
+        if within or (isinstance(sent, list) and isinstance(part, int) and part < len(sent)):
+            kept.append(str(part))
+            sent = sent[part]
+    return kept
 
 
 def _sentence(item: Any, path: str, model: type[BaseModel]) -> str:
     if item["type"] == "extra_forbidden":
         known = f" {did_you_mean(path, model.model_fields)}" if "." not in path else ""
         return f"{path} is not a field that this server knows.{known}"
-    if item["type"] == "missing":
+    if item["type"] in ("missing", "union_tag_not_found"):
         return f"{path} is missing; give it a value"
+    if item["type"] == "union_tag_invalid":
+        return f"{path} is {_shown(item['ctx']['tag'])}; expected one of {item['ctx']['expected_tags']}"
     if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    shown = repr(item["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "…"
+        wrong = item["ctx"]["error"]
+        return f"{path} {wrong.rest}" if isinstance(wrong, Wrong) else str(wrong)
     message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{path} is {shown}; {message}" if path else f"The body is {shown}; {message}"
+    return f"{path or 'The body'} is {_shown(item['input'])}; {message}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deepwright_core.engine import SamplingParams
+from deepwright_core.engine import Grammar, SamplingParams
 
 from .edge import Door
 from .going_live import GoingLive
@@ -16,10 +14,11 @@ from .keys import Keys
 from .limits import Limits
 from .metrics import Metrics
 from .pool import Engines
-from .protocol import GenerationRequest
+from .protocol import ModelCard, Prices
 from .refusal import Refusal
 from .roster import Roster, Served
 from .scheduling import EngineThread, Ticket
+from .structured import Compiler, Form
 
 # A token for somebody this recently proves as much as a probe would.
 FRESH_SECONDS = 1.0
@@ -35,10 +34,12 @@ class Service:
     local: bool = True
     operator: Keys | None = None
     changes: GoingLive | None = None
+    prices: Prices | None = None
 
     def __post_init__(self) -> None:
         self.door = Door(self.keys, self.local, operator=self.operator, header_bytes=self.limits.header_bytes)
         self.metrics = Metrics(self._threads)
+        self._compiler = Compiler()
         self._probes: dict[EngineThread, asyncio.Task[None]] = {}
 
     def _threads(self) -> list[tuple[str, Engines]]:
@@ -48,44 +49,28 @@ class Service:
             names.setdefault(served.thread, served.name)
         return [(name, thread) for thread, name in names.items()]
 
-    def longest_prompt(self, served: Served) -> int:
-        """Most tokens of a prompt: one must be left for the answer."""
-        return min(self.limits.prompt_tokens or served.context, served.context - 1)
+    async def grammar(self, served: Served, form: Form) -> Grammar:
+        """The grammar of a form; refuses one that means nothing, or is too much to compile."""
+        return await self._compiler.compile(served.tokenizer, form)
 
-    def params(
-        self, served: Served, request: GenerationRequest, prompt: Sequence[int], wanted: int | None
-    ) -> list[SamplingParams]:
-        """Sampling of each of a prompt's answers; refuses what does not fit."""
-        longest = self.longest_prompt(served)
-        if len(prompt) > longest:
-            raise Refusal(
-                400, f"The prompt has {len(prompt)} tokens; at most {longest} are possible. Shorten it.",
-                param="messages" if hasattr(request, "messages") else "prompt", code="context_length_exceeded",
-            )  # fmt: skip
-        left = served.context - len(prompt)
-        most = min(self.limits.output_tokens or left, left)
-        if wanted is not None and wanted > most:
-            raise Refusal(
-                400,
-                f"max_tokens is {wanted}; beside a prompt of {len(prompt)} tokens, at most {most} are possible "
-                f"(context {served.context}).",
-                param="max_tokens", code="context_length_exceeded",
-            )  # fmt: skip
-        length = min(self.limits.default_output_tokens, most) if wanted is None else wanted
-        seed = secrets.randbits(62) if request.seed is None else request.seed
-        one = 1.0
+    @property
+    def first(self) -> str:
+        """The name that is meant where a request may leave it out."""
+        return self.roster.models()[0].name
+
+    def cards(self) -> list[ModelCard]:
+        """What can be asked. An adapter's parent is the model without one on the same engine."""
+        models = self.roster.models()
+        bare = {served.thread: served.name for served in models if not served.adapter}
         return [
-            SamplingParams(
-                max_tokens=length,
-                temperature=one if request.temperature is None else request.temperature,
-                top_p=one if request.top_p is None else request.top_p,
-                top_k=max(request.top_k or 0, 0),
-                min_p=request.min_p or 0.0,
-                seed=(seed + choice) % (1 << 63),
-                # The next turn is the user's to write.
-                stop_ids=() if served.tokenizer.user_id is None else (served.tokenizer.user_id,),
+            ModelCard(
+                id=served.name,
+                created=served.created,
+                max_model_len=served.context,
+                root=served.adapter or served.name,
+                parent=bare.get(served.thread) if served.adapter else None,
             )
-            for choice in range(request.choices)
+            for served in models
         ]
 
     def require_room_at_all(self, served: Served, answers: int) -> None:

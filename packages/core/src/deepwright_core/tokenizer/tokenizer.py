@@ -151,6 +151,16 @@ class Tokenizer:
         """Text of ids. `skip_special` leaves out all special tokens, the marks of thinking and of tools among them."""
         return self.decoding.decode(i for i in ids if not (skip_special and i in self.special_ids))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token adds inside of a text, possibly part of a character; a special token's are its
+        spelling's. An id without a token has none."""
+        known = self.decoding.token_bytes()
+        if known is not None:
+            return known.get(token_id, b"")
+        # What it shows behind itself: at the beginning of a text, some tokens lose the space that they bring.
+        once, twice = (self.decode([token_id] * count, skip_special=False) for count in (1, 2))
+        return twice[len(once) :].encode()
+
     # Chat -----------------------------------------------------------------------------------------
 
     @property

@@ -1,4 +1,4 @@
-"""GET /v1/models, and what the probes answer."""
+"""GET /v1/models and /version, and what the probes answer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pydantic import BaseModel
 
 
 class ModelCard(BaseModel):
-    """A model that can be asked."""
+    """A model that can be asked. An adapter's `parent` is the model that it changes; `root` is the model itself."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "deepwright"
     max_model_len: int
+    root: str
+    parent: str | None = None
 
 
 class ModelList(BaseModel):
@@ -22,6 +24,12 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class Version(BaseModel):
+    """GET /version."""
+
+    version: str
 
 
 class Status(BaseModel):

@@ -6,7 +6,7 @@ does nothing is worse than an error.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,3 +22,17 @@ class Wire(BaseModel):
     """Base of what clients send."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Wrong(ValueError):
+    """What is wrong with a field in view of the others. The sentence is the field's name and `rest`."""
+
+    def __init__(self, field: str, rest: str) -> None:
+        super().__init__(f"{field} {rest}")
+        self.field = field
+        self.rest = rest
+
+
+def left_out_when_none(value: Any) -> bool:
+    """For fields of replies that clients expect to be absent, not null, where there is nothing to say."""
+    return value is None
