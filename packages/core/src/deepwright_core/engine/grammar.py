@@ -1,7 +1,310 @@
-"""What an answer may look like: a grammar, compiled for a tokenizer."""
+"""What an answer may look like: JSON of a schema, any JSON object, a regular expression, one of several texts.
+
+llguidance does the work: it parses Earley-style over lexemes whose regular expressions it turns into automata as they
+are needed, and says for every place of an answer which tokens of the vocabulary may stand there. It is one wheel of
+3 MB without dependencies, which is why it was preferred to xgrammar (torch, triton, transformers and a runtime of its
+own); the two know about the same JSON schemas.
+
+A schema or an expression of a stranger's may be written to be expensive. Its size and depth are bounded here; what
+compiling and each step may cost is bounded by the library, which counts (`LIMITS`): compiling ends within about a
+second and holds no lock of Python's meanwhile, a step within some tens of milliseconds.
+Left out: tokenizers whose tokens do not stand for bytes (WordPiece).
+
+Shapes: W words of 32 tokens each, in which bit t % 32 of word t // 32 says whether token t may come next.
+"""
 
 from __future__ import annotations
 
+import json
+import threading
+import weakref
+from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
+
+MAX_SOURCE_BYTES = 65_536
+MAX_DEPTH = 64
+MAX_CHOICES = 1024
+WORD_BITS = 32
+
+# Without an end, white space is where an unsure model stays for ever: one space, or one line end with its indentation.
+WHITE_SPACE = r"[ ]|\n[ ]{0,32}|\n\t{0,16}"
+
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,  # compiling; about 20 ms
+    "step_lexer_fuel": 200_000,  # a step; about 15 ms
+    "step_max_items": 50_000,  # a step; about 3 ms
+    "max_items_in_row": 2_000,
+    "max_lexer_states": 20_000,  # an answer's memory; about 2 kB each
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+
+
+class GrammarState:
+    """Where an answer stands in a grammar.
+
+    allowed_W: int32, the tokens that may come next (ends of text are not among them). accepting: whether the answer
+    may end here.
+    """
+
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+        self.allowed_W = self._mask()
+        self.accepting: bool = matcher.is_accepting()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether no token can follow: the text is complete (`accepting`), or a limit of the library was reached."""
+        return not self.allowed_W.any()
+
+    def advance(self, token: int) -> None:
+        """Go on behind a token that was allowed."""
+        consumed = self._matcher.consume_token(token)
+        self.allowed_W = self._mask() if consumed else self._nothing()
+        self.accepting = consumed and self._matcher.is_accepting()
+
+    def after(self, tokens: Ordered[int]) -> tuple[np.ndarray, bool] | None:
+        """`allowed_W` and `accepting` as they would be behind these tokens; None: they are not all allowed."""
+        if not tokens:
+            return self.allowed_W, self.accepting
+        if self._matcher.validate_tokens(list(tokens)) < len(tokens):
+            return None
+        self._matcher.consume_tokens(list(tokens))
+        ahead = self._mask(), self._matcher.is_accepting()
+        self._matcher.rollback(len(tokens))
+        return ahead
+
+    def _nothing(self) -> np.ndarray:
+        # The library's own end of text has a bit behind the last token's.
+        return np.zeros(self._vocabulary // WORD_BITS + 1, dtype=np.int32)
+
+    def _mask(self) -> np.ndarray:
+        mask_W = self._nothing()
+        if not self._matcher.is_stopped():
+            self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+            set_bits(mask_W, [self._vocabulary], False)
+        return mask_W
+
+
+def set_bits(mask_W: np.ndarray, tokens: Iterable[int], value: bool) -> None:
+    """Allow or forbid tokens in a mask."""
+    words_W = mask_W.view(np.uint32)
+    for token in tokens:
+        bit = np.uint32(1 << token % WORD_BITS)
+        if value:
+            words_W[token // WORD_BITS] |= bit
+        else:
+            words_W[token // WORD_BITS] &= ~bit
+
+
+@dataclass(frozen=True, eq=False)
 class Grammar:
-    """A compiled grammar, which any number of requests may share."""
+    """A compiled grammar, which any number of requests may share. vocabulary: one more than its highest token."""
+
+    kind: GrammarKind
+    vocabulary: int
+    _matcher: Any
+
+    def start(self) -> GrammarState:
+        """The state of an answer that has no token yet."""
+        return GrammarState(self._matcher.deep_copy(), self.vocabulary)
+
+
+def compile_grammar(tokenizer: Tokenizer, kind: GrammarKind, source: Any = None) -> Grammar:
+    """Compile a grammar for a tokenizer; `RequestError` when it cannot be.
+
+    source: a JSON schema as a mapping or as text; nothing for json_object; a regular expression (Rust's syntax, which
+    has no look-around; it must match the whole answer); a list of texts for choice; for lark, a grammar as llguidance
+    writes them, in which `<[7]>` stands for the token 7 and `%json {...}` for JSON of a schema.
+    It takes up to about a second, during which other threads run; the first for a tokenizer also builds its trie.
+    """
+    if kind not in get_args(GrammarKind):
+        raise RequestError(f"The kind of grammar is '{kind}'; expected one of {', '.join(get_args(GrammarKind))}.")
+    llguidance = _library()
+    try:
+        text = _text(llguidance.LLMatcher, kind, source)
+    except RequestError:
+        raise
+    except ValueError as error:  # half of a character, written as an escape
+        raise RequestError(f"{_subject(kind)} cannot be used: {error}.") from error
+    matcher = llguidance.LLMatcher(_trie(tokenizer), text, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
+    if matcher.is_error():
+        raise RequestError(f"{_subject(kind)} cannot be used: {_reason(matcher)}.")
+    grammar = Grammar(kind, tokenizer.vocab_size, matcher)
+    # What is too much for a step shows at the first one, here instead of in everybody's.
+    first = grammar.start()
+    if first.stuck:
+        raise RequestError(f"{_subject(kind)} cannot be used: {_reason(first._matcher)}.")
+    return grammar
+
+
+# Sources ------------------------------------------------------------------------------------------
+
+
+def _text(library: Any, kind: GrammarKind, source: Any) -> str:
+    """The source in the library's form; refuses what is out of bounds."""
+    if kind == "json_object":
+        if source is not None:
+            raise RequestError("A grammar of the kind json_object takes no source; expected None.")
+        return str(library.grammar_from_json_schema({"type": "object"}, overrides=_json_options()))
+    if kind == "json_schema":
+        return str(library.grammar_from_json_schema(_schema(source), overrides=_json_options()))
+    if kind == "choice":
+        return str(library.grammar_from_lark("start: " + " | ".join(_choices(source))))
+    if not isinstance(source, str) or not source:
+        raise RequestError(f"{_subject(kind)} is {_shown(source)}; expected a text of at least one character.")
+    _bound_size(kind, source)
+    _bound_depth(kind, _deepest(source))
+    return str(library.grammar_from_regex(source) if kind == "regex" else library.grammar_from_lark(source))
+
+
+def _json_options() -> dict[str, Any]:
+    return {"whitespace_flexible": True, "whitespace_pattern": WHITE_SPACE, "lenient": False}
+
+
+def _schema(source: Any) -> str:
+    if isinstance(source, str):
+        _bound_size("json_schema", source)
+        _bound_depth("json_schema", _deepest(source))
+        try:
+            source = json.loads(source)
+        except ValueError as error:
+            raise RequestError(f"The JSON schema is not JSON: {error}.") from error
+    if not isinstance(source, dict):
+        raise RequestError(f"The JSON schema is {_shown(source)}; expected an object.")
+    try:
+        text = json.dumps(source)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"The JSON schema cannot be written as JSON: {error}.") from error
+    _bound_size("json_schema", text)
+    _bound_depth("json_schema", _deepest(text))
+    return text
+
+
+def _choices(source: Any) -> list[str]:
+    if not isinstance(source, (list, tuple)) or not source or not all(isinstance(c, str) and c for c in source):
+        raise RequestError(f"The choices are {_shown(source)}; expected a list of texts of at least one character.")
+    if len(source) > MAX_CHOICES:
+        raise RequestError(f"There are {len(source)} choices; expected at most {MAX_CHOICES}.")
+    written = [json.dumps(choice, ensure_ascii=False) for choice in source]
+    _bound_size("choice", "".join(written))
+    return written
+
+
+def _bound_size(kind: GrammarKind, text: str) -> None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{_subject(kind)} holds half of a character (a lone surrogate); expected text.") from error
+    if size > MAX_SOURCE_BYTES:
+        raise RequestError(f"{_subject(kind)} has {size} bytes; expected at most {MAX_SOURCE_BYTES}.")
+
+
+def _bound_depth(kind: GrammarKind, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise RequestError(f"{_subject(kind)} is nested {depth} deep; expected at most {MAX_DEPTH}.")
+
+
+def _deepest(text: str) -> int:
+    """How deep brackets of any kind are nested. Those in strings count too: a bound need not be exact."""
+    depth = deepest = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in ")]}":
+            depth = max(depth - 1, 0)
+    return deepest
+
+
+def _subject(kind: GrammarKind) -> str:
+    return {
+        "json_schema": "The JSON schema",
+        "json_object": "The grammar of JSON objects",
+        "regex": "The regular expression",
+        "choice": "The list of choices",
+        "lark": "The grammar",
+    }[kind]
+
+
+def _shown(value: Any) -> str:
+    written = repr(value)
+    return written if len(written) <= 80 else f"{written[:77]}..."
+
+
+def _reason(matcher: Any) -> str:
+    """What the library says, in one line: where an expression is wrong, that is the last of several."""
+    lines = [line.strip() for line in matcher.get_error().split("\n") if line.strip()]
+    causes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    said = causes[0] if causes else lines[0] if lines else "NoExtension"
+    return "no text of at least one token fits it" if said.startswith("NoExtension") else said.rstrip(".")
+
+
+# The library and the vocabulary -------------------------------------------------------------------
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise RequestError(
+            "Structured output needs the package llguidance; install deepwright-core[grammar]."
+        ) from error
+    return llguidance
+
+
+class _Vocabulary:
+    """A tokenizer in the form that the library takes.
+
+    The end of text is a token of its own behind the last: which tokens end an answer is for the request to say.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, tokens: dict[int, bytes]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.vocab_size
+        special = {control.id for control in tokenizer.control.values()}
+        # Tokens without bytes could stand anywhere for ever; ids without a token never.
+        special |= {i for i in range(tokenizer.vocab_size) if not tokens.get(i)}
+        self.special_token_ids = [*sorted(special), self.eos_token_id]
+        # The library wants a name for each special token and takes the first character for a mark.
+        self.tokens = [f"<{i}>".encode() if i in special else tokens[i] for i in range(tokenizer.vocab_size)] + [
+            b"<end>"
+        ]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        """How the tokenizer itself would cut a text that can only go on in one way."""
+        text = text.decode() if isinstance(text, bytes) else text
+        return self._tokenizer.encode_batch([text], inside=True)[0]
+
+
+_tries: weakref.WeakKeyDictionary[Tokenizer, Any] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _trie(tokenizer: Tokenizer) -> Any:
+    """The library's form of a tokenizer, made once."""
+    with _lock:
+        if tokenizer not in _tries:
+            tokens = tokenizer.decoding.token_bytes()
+            if tokens is None:
+                raise RequestError(
+                    "Structured output needs a tokenizer whose tokens each stand for certain bytes (byte-level BPE, or "
+                    "BPE and Unigram with marked spaces); this one's do not."
+                )
+            _tries[tokenizer] = _library().LLTokenizer(_Vocabulary(tokenizer, tokens))
+        return _tries[tokenizer]

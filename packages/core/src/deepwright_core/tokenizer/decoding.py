@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import tokenizers
 
+SPACE_STEPS = ("Replace", "ByteFallback", "Metaspace", "Fuse", "Strip")  # what tokens with marked spaces are decoded by
 FRAGMENT = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -33,6 +34,9 @@ class Decoding(Protocol):
 
     def stream(self) -> Stream: ...
 
+    def token_bytes(self) -> Mapping[int, bytes] | None:
+        """The bytes that each token stands for inside of a text; None: that depends on the tokens around it."""
+
 
 def decoding(view: tokenizers.Tokenizer, decoder: Mapping[str, Any] | None) -> Decoding:
     """The way of decoding that a tokenizer.json asks for with its `decoder`."""
@@ -43,7 +47,14 @@ def decoding(view: tokenizers.Tokenizer, decoder: Mapping[str, Any] | None) -> D
         return ByteLevelDecoding(tokens)
     fragments = {i for i, token in tokens.items() if FRAGMENT.fullmatch(token)}
     by_bytes = any(step["type"] == "ByteFallback" for step in steps)
-    return LibraryDecoding(view, frozenset(tokens), frozenset(fragments if by_bytes else ()), _token_by_token(steps))
+    spaced = all(step["type"] in SPACE_STEPS for step in steps)
+    return LibraryDecoding(
+        view,
+        frozenset(tokens),
+        frozenset(fragments if by_bytes else ()),
+        _token_by_token(steps),
+        _marked_bytes(tokens, fragments if by_bytes else set(), steps) if spaced else None,
+    )
 
 
 def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -66,6 +77,29 @@ def _token_by_token(steps: Sequence[Mapping[str, Any]]) -> bool:
         elif not (kind == "Strip" and step["start"] <= 1 and not step["stop"]):
             return False
     return True
+
+
+def _marked_bytes(
+    tokens: Mapping[int, str], fragments: Collection[int], steps: Sequence[Mapping[str, Any]]
+) -> Mapping[int, bytes] | None:
+    """Bytes of tokens in which a mark stands for a space. What `Strip` takes from the beginning of a text is kept."""
+    marks = {}
+    for step in steps:
+        if step["type"] == "Metaspace":
+            marks[step["replacement"]] = " "
+        elif step["type"] == "Replace":
+            if "String" not in step["pattern"]:
+                return None
+            marks[step["pattern"]["String"]] = step["content"]
+
+    def bytes_of(i: int, token: str) -> bytes:
+        if i in fragments:
+            return bytes([int(token[3:5], 16)])
+        for mark, text in marks.items():
+            token = token.replace(mark, text)
+        return token.encode()
+
+    return {i: bytes_of(i, token) for i, token in tokens.items()}
 
 
 # Byte-level ---------------------------------------------------------------------------------------
@@ -92,6 +126,9 @@ class ByteLevelDecoding:
     def stream(self) -> Stream:
         return _ByteLevelStream(self._bytes)
 
+    def token_bytes(self) -> Mapping[int, bytes] | None:
+        return self._bytes
+
 
 class _ByteLevelStream:
     def __init__(self, table: Mapping[int, bytes]) -> None:
@@ -113,22 +150,31 @@ class LibraryDecoding:
     """The library decodes.
 
     known: ids that have a token. fragments: those that stand for a byte. token_by_token: whether text can be told
-    before all of it is there.
+    before all of it is there. token_bytes: see `Decoding`.
     """
 
     def __init__(
-        self, view: tokenizers.Tokenizer, known: frozenset[int], fragments: frozenset[int], token_by_token: bool
+        self,
+        view: tokenizers.Tokenizer,
+        known: frozenset[int],
+        fragments: frozenset[int],
+        token_by_token: bool,
+        token_bytes: Mapping[int, bytes] | None,
     ) -> None:
         self._view = view
         self._known = known
         self.fragments = fragments
         self.token_by_token = token_by_token
+        self._bytes = token_bytes
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._view.decode([i for i in ids if i in self._known], skip_special_tokens=False)
 
     def stream(self) -> Stream:
         return _LibraryStream(self, self._known)
+
+    def token_bytes(self) -> Mapping[int, bytes] | None:
+        return self._bytes
 
 
 class _LibraryStream:
