@@ -125,8 +125,9 @@ def create_app(service: Service) -> Edge:
         openapi_extra=body_schema(TokenizeRequest),
         summary="A text or a conversation as token ids",
     )
-    async def tokenize(request: TokenizeRequest = tokenize_body) -> TokenizeReply:
-        with service.roster.lease(request.model or service.first) as served:
+    async def tokenize(http: Request, request: TokenizeRequest = tokenize_body) -> TokenizeReply:
+        operator = service.door.is_operator(http.headers)
+        with service.roster.lease(request.model or service.first, operator) as served:
             return await asyncio.to_thread(to_tokens, served, request)
 
     @app.post(
@@ -136,8 +137,9 @@ def create_app(service: Service) -> Edge:
         openapi_extra=body_schema(DetokenizeRequest),
         summary="Token ids as text",
     )
-    async def detokenize(request: DetokenizeRequest = detokenize_body) -> DetokenizeReply:
-        with service.roster.lease(request.model or service.first) as served:
+    async def detokenize(http: Request, request: DetokenizeRequest = detokenize_body) -> DetokenizeReply:
+        operator = service.door.is_operator(http.headers)
+        with service.roster.lease(request.model or service.first, operator) as served:
             return await asyncio.to_thread(to_text, served, request)
 
     describe_bodies(app, ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)

@@ -38,6 +38,7 @@ from .going_live import GoingLive
 from .keys import Keys
 from .limits import Limits
 from .loading import CACHE_TOKENS, Loading
+from .protocol import Prices
 from .roster import Roster
 from .service import Service
 
@@ -65,6 +66,7 @@ def serve(
     cache_dtype: CacheDtype = "auto",
     replicas: int = 1,
     limits: Limits | None = None,
+    prices: Prices | None = None,
     address_file: Path | None = None,
     end_with_stdin: bool = False,
 ) -> None:
@@ -72,6 +74,7 @@ def serve(
 
     version: which of that name's it is, as the operator's routes tell it. admin_key_file: the operator's key; it is
     made where there is none. admin_models: directories from below which models may be loaded while the server runs.
+    prices: what `usage` tells the cost by; without them it tells none.
     address_file: written once requests are taken, as {"address", "host", "port", "pid"}.
     end_with_stdin: end when standard input is closed, that is, when the process that holds its other end is gone.
     """
@@ -91,7 +94,7 @@ def serve(
         loading = Loading(device, precision, cache_tokens, cache_dtype, limits, replicas)
         roster = Roster([loading.load(directory, name, version)])
         changes = None if operator is None else GoingLive(roster, loading, admin_models, limits.drain_seconds)
-        service = Service(roster, limits, keys, local, operator, changes)
+        service = Service(roster, limits, keys, local, operator, changes, prices)
         run(service, listener, address_file=address_file, end_with_stdin=end_with_stdin)
 
 
@@ -235,9 +238,18 @@ def _end_with_stdin(server: GracefulServer) -> None:
 @click.option("--max-waiting", default=256, show_default=True, type=click.IntRange(0, 65536))
 @click.option("--request-seconds", default=600.0, show_default=True, help="Deadline of a request.")
 @click.option("--drain-seconds", default=20.0, show_default=True, help="Time for running requests at the end.")
+@click.option("--price-input", type=click.FloatRange(0), help="Price of a million tokens of prompts, for usage.cost.")
+@click.option("--price-cached", type=click.FloatRange(0), help="The same where the prefix cache had them.")
+@click.option("--price-output", type=click.FloatRange(0), help="Price of a million tokens of answers.")
 @click.option("--address-file", type=click.Path(path_type=Path), help="Write address and pid here when ready.")
 @click.option("--end-with-stdin", is_flag=True, help="End when standard input is closed.")
-def serve_command(model: Path, **options: Any) -> None:
+def serve_command(
+    model: Path,
+    price_input: float | None,
+    price_cached: float | None,
+    price_output: float | None,
+    **options: Any,
+) -> None:
     """Serve MODEL (a model directory, or the directory of a finished stage) to OpenAI clients and browsers."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     names = {
@@ -253,7 +265,15 @@ def serve_command(model: Path, **options: Any) -> None:
         raise RequestError(
             [f"--{names[str(e['loc'][0])].replace('_', '-')} is {e['input']}; {e['msg']}." for e in error.errors()]
         ) from None
-    serve(model, limits=limits, **options)
+    serve(model, limits=limits, prices=_prices(price_input, price_cached, price_output), **options)
+
+
+def _prices(prompt: float | None, cached: float | None, answer: float | None) -> Prices | None:
+    if prompt is None and cached is None and answer is None:
+        return None
+    if prompt is None or answer is None:
+        raise RequestError("A price was given without --price-input or --price-output; give both, or none.")
+    return Prices(input=prompt, cached=cached, output=answer)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from deepwright_core.tokenizer import Tokenizer
 
 from .answer import Continuation, Delta
 from .generation import Generation, finish
-from .protocol import CompletionReply, CompletionRequest, FinishReason, TextChoice
+from .protocol import ChatFinishReason, CompletionReply, CompletionRequest, FinishReason, TextChoice
 from .refusal import Refusal
 from .roster import Served
 from .sampling import answer_length, sampling_params
@@ -106,13 +106,16 @@ class Writer:
         self._prompts = prompts
         self._begun: set[int] = set()
 
-    def choice(self, index: int, delta: Delta, reason: FinishReason | None) -> TextChoice:
+    def choice(self, index: int, delta: Delta, reason: ChatFinishReason | None) -> TextChoice:
         """What came for one continuation since its last part."""
         request = self.request
         scores = self.generation.prompt_scores.get(index)
         echoed = self._echoed(index) if request.echo else ""
         first = index not in self._begun
         self._begun.add(index)
+        ended: FinishReason | None = None
+        if reason is not None:
+            ended = "length" if reason == "length" or request.max_tokens == 0 else "stop"
         logprobs = None
         if request.logprobs is not None:
             before = None
@@ -122,7 +125,7 @@ class Writer:
         return TextChoice(
             index=index,
             text=(echoed if first else "") + delta.content,
-            finish_reason="length" if reason is not None and request.max_tokens == 0 else reason,
+            finish_reason=ended,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs(self._tokenizer, scores)
             if request.prompt_logprobs is not None and scores is not None

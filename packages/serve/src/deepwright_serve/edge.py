@@ -7,6 +7,7 @@ request leaves one line in the log, whatever became of it.
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ log = logging.getLogger("deepwright.serve.access")
 
 NOTHING_ALLOWED = "default-src 'none'; frame-ancestors 'none'"
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -79,6 +81,11 @@ class Door:
         return tenant
 
 
+def _request_id(asked: str) -> str:
+    """The id that a client gave its request, if it is one that can stand in a log; else one of ours."""
+    return asked if SANE_ID.fullmatch(asked) else f"req_{secrets.token_hex(12)}"
+
+
 def _host(value: str) -> str:
     """A Host header without its port, in lower case."""
     value = value.strip().lower()
@@ -99,7 +106,7 @@ class Edge:
             await self.app(scope, receive, send)
             return
         record = RequestRecord(
-            request_id=f"req_{secrets.token_hex(12)}",
+            request_id=_request_id(Headers(scope=scope).get("x-request-id", "")),
             method=scope["method"] if scope["method"] in METHODS else "other",
             metrics=self.metrics,
         )

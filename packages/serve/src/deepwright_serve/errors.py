@@ -11,6 +11,13 @@ from deepwright_core.errors import RequestError
 from .generation import HungUp
 from .refusal import Refusal
 
+# What OpenAI's clients may ask for, and will not find.
+NOT_HERE = {
+    "/v1/embeddings": "There are no embeddings here: the models served are trained to write, and vectors made of their "
+    "hidden states would not be what a client expects. Use a model made for it.",
+    "/v1/responses": "There is no Responses API here; /v1/chat/completions does the same for one turn.",
+}
+
 
 def add_error_objects(app: FastAPI) -> None:
     """Give the application handlers for all that can be raised below a route."""
@@ -33,9 +40,10 @@ def add_error_objects(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
         sentence = {
-            404: f"There is nothing at {request.method} {request.url.path[:200]}.",
-            405: f"{request.url.path[:200]} does not take {request.method}.",
+            404: NOT_HERE.get(path, f"There is nothing at {request.method} {path[:200]}."),
+            405: f"{path[:200]} does not take {request.method}.",
         }.get(error.status_code, str(error.detail))
         return JSONResponse(Refusal(error.status_code, sentence).body(), error.status_code, error.headers)
 

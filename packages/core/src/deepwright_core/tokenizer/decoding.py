@@ -47,7 +47,8 @@ def decoding(view: tokenizers.Tokenizer, decoder: Mapping[str, Any] | None) -> D
         return ByteLevelDecoding(tokens)
     fragments = {i for i, token in tokens.items() if FRAGMENT.fullmatch(token)}
     by_bytes = any(step["type"] == "ByteFallback" for step in steps)
-    spaced = all(step["type"] in SPACE_STEPS for step in steps)
+    # Without a decoder, the library puts spaces between tokens.
+    spaced = bool(steps) and all(step["type"] in SPACE_STEPS for step in steps)
     return LibraryDecoding(
         view,
         frozenset(tokens),
