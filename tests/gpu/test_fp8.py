@@ -165,7 +165,7 @@ def test_a_graph_follows_new_ends_and_compiled_layers_give_the_same() -> None:
 
     # Leaves of its own: where a leaf's gradient is gathered belongs to the stream that first asked for it, and a graph
     # cannot be captured across streams.
-    captured_leaves = leaves(*(value.clone() for value in values))
+    captured_leaves = leaves(*(value.detach().clone() for value in values))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
