@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepwright_kernels import mla_paged_decode
+from deepwright_kernels import configure, mla_paged_decode
 from deepwright_kernels.mla_paged_decode.reference import fp8_row_bytes, pack_fp8_latents, unpack_fp8_latents
 
 BLOCK = 4
@@ -120,11 +120,29 @@ def test_fp8_latents_are_the_keys_they_stand_for() -> None:
     rows_NW[-1] = 255  # NaN wherever it would be read
     blocks_BP, lengths_B = torch.tensor([[1, 2, 0]]), torch.tensor([2 * BLOCK - 1])
     q_latent, q_rope = torch.randn(1, 2, 3, 128), torch.randn(1, 2, 3, 6)
-    have, want = (
-        mla_paged_decode(q_latent, q_rope, cache_NW, blocks_BP, torch.tensor([[5, 6]]), lengths_B, BLOCK, 0.1)
-        for cache_NW in (rows_NW, keys_NW)
-    )
+    arguments = blocks_BP, torch.tensor([[5, 6]]), lengths_B, BLOCK, 0.1
+    with configure({"mla_paged_decode": "reference"}):
+        have, want = (mla_paged_decode(q_latent, q_rope, cache_NW, *arguments) for cache_NW in (rows_NW, keys_NW))
     assert torch.equal(have, want)
+    torch.testing.assert_close(mla_paged_decode(q_latent, q_rope, keys_NW, *arguments), want)
+
+
+def test_fused_attention_gives_what_the_reference_gives() -> None:
+    """On a CPU; queries that see nothing and NaN behind a length included."""
+    torch.manual_seed(0)
+    rows = [torch.randn(length, 12) for length in (11, 6, 1)]
+    cache_NW, blocks_BP = paged(rows, 12)
+    q_latent, q_rope = torch.randn(3, 3, 5, 8), torch.randn(3, 3, 5, 4)
+    positions_BQ, lengths_B = torch.tensor([[8, 9, 10], [0, 5, 3], [0, 0, 0]]), torch.tensor([11, 6, 0])
+    results = []
+    for backend in ("torch", "reference"):
+        with configure({"mla_paged_decode": backend}):
+            results.append(mla_paged_decode(q_latent, q_rope, cache_NW, blocks_BP, positions_BQ, lengths_B, BLOCK, 0.3))
+            clean_NW = cache_NW.nan_to_num(7.0)  # finite: nothing makes the fused attention ask the reference
+            results.append(mla_paged_decode(q_latent, q_rope, clean_NW, blocks_BP, positions_BQ, lengths_B, BLOCK, 0.3))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+    assert not results[0][2].any()
 
 
 def test_errors_name_the_argument() -> None:
