@@ -15,7 +15,7 @@ BLOCKS = 6
 
 def chain(tokens: list[int], salt: str = "") -> list[bytes]:
     """Digests of blocks of one token each."""
-    digests = [root_digest(0, salt)]
+    digests = [root_digest(0, 0, salt)]
     for token in tokens:
         digests.append(block_digest(digests[-1], [token]))
     return digests[1:]
@@ -124,8 +124,9 @@ def test_the_end_of_a_sequence_is_forgotten_before_its_beginning() -> None:
     assert manager.match(chain([5, 6])) == blocks[:1]
 
 
-def test_digests_tell_salts_versions_and_histories_apart() -> None:
-    assert len({root_digest(0, ""), root_digest(1, ""), root_digest(0, "a"), root_digest(0, "b")}) == 4
+def test_digests_tell_salts_versions_adapters_and_histories_apart() -> None:
+    roots = {root_digest(0, 0, ""), root_digest(1, 0, ""), root_digest(0, 1, ""), root_digest(0, 0, "a")}
+    assert len(roots | {root_digest(0, 0, "b")}) == 5
     assert chain([1, 2])[1] != chain([2, 2])[1]
     assert chain([1], "a") != chain([1], "b")
 

@@ -78,7 +78,7 @@ class ScriptedEngine:
         self._left: dict[int, int] = {}
         self._begun: set[int] = set()
 
-    def add(self, prompt_ids: list[int], params: SamplingParams, *, salt: str = "") -> int:
+    def add(self, prompt_ids: list[int], params: SamplingParams, *, salt: str = "", adapter: str = "") -> int:
         if 777_777 in prompt_ids:
             raise RequestError("The prompt holds token 777777.")
         number = len(self.asked)

@@ -16,6 +16,8 @@ width, C latent width, N cache slots, L longest context, F = R / 2 rope pairs.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from deepwright_core.model.attention import Rope, gather_context
 from deepwright_core.model.cache import CacheBatch
 from deepwright_core.model.config import ModelConfig
+from deepwright_core.model.correction import Correction
 from deepwright_core.model.norm import RMSNorm
 from deepwright_core.model.rope import softmax_scale
 from deepwright_core.registry import ComponentConfig
@@ -35,6 +38,9 @@ from deepwright_kernels import (
     rotary_tail,
 )
 from deepwright_kernels.mla_paged_decode.reference import SCALED_LATENTS, fp8_row_bytes, unpack_fp8_latents
+
+# What absorbed decode multiplies by itself.
+EXPANSION = "kv_b.weight"
 
 # Up to this many new tokens a sequence reads the latent cache absorbed; more tokens share the cost of expanding it.
 ABSORBED_QUERIES = 4
@@ -72,8 +78,11 @@ def per_head(x_BQHX: Tensor, weight_HXY: Tensor) -> Tensor:
 class LatentAttention(nn.Module):
     """MLA. Query and key heads are laid out [nope | rope], as in the published checkpoints."""
 
+    own_products: ClassVar = (EXPANSION,)
+
     def __init__(self, config: MLAConfig, model: ModelConfig) -> None:
         super().__init__()
+        self.corrections: dict[str, Correction] = {}
         self.heads = config.heads
         self.nope_dim, self.rope_dim, self.value_dim = (
             config.qk_nope_head_dim,
@@ -142,8 +151,15 @@ class LatentAttention(nn.Module):
         nope_BQHP, rope_BQHR = q_BQHK.split([self.nope_dim, self.rope_dim], -1)
         weight_HXC = self.kv_b.weight.unflatten(0, (self.heads, -1))
         key_HPC, value_HVC = weight_HXC.to(nope_BQHP.dtype).split([self.nope_dim, self.value_dim], 1)
+        latent_BQHC = per_head(nope_BQHP, key_HPC)
+        correction = self.corrections.get(EXPANSION)
+        if correction is not None:
+            b_HYX = correction.b_NX.unflatten(0, (self.heads, -1))
+            key_HPX, value_HVX = b_HYX.split([self.nope_dim, self.value_dim], 1)
+            low_BQHX = per_head(nope_BQHP, key_HPX)
+            latent_BQHC = latent_BQHC + (low_BQHX * correction.mask(low_BQHX)) @ correction.a_XK
         mixed_BQHC = mla_paged_decode(
-            per_head(nope_BQHP, key_HPC),
+            latent_BQHC,
             rotary(rope_BQHR, *for_heads(rope)),
             cache_NW,
             batch.blocks_BP,
@@ -152,7 +168,11 @@ class LatentAttention(nn.Module):
             batch.block_size,
             self.scale,
         )
-        return per_head(mixed_BQHC, value_HVC.transpose(1, 2))
+        out_BQHV = per_head(mixed_BQHC, value_HVC.transpose(1, 2))
+        if correction is not None:
+            low_BQHX = mixed_BQHC @ correction.a_XK.T
+            out_BQHV = out_BQHV + per_head(low_BQHX * correction.mask(low_BQHX), value_HVX.transpose(1, 2))
+        return out_BQHV
 
     def forward(self, x_BSD: Tensor, rope: Rope, starts_BS: Tensor | None) -> Tensor:
         q_BSHK = rotary_tail(self._queries(x_BSD), *for_heads(rope))

@@ -12,10 +12,12 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from deepwright_core.model.config import ModelConfig
+from deepwright_core.model.correction import Correction
 from deepwright_core.model.feed_forward import Mixture, SwiGLU
 from deepwright_core.model.record import ForwardRecord
 from deepwright_core.registry import ComponentConfig, ComponentOf, Registry
@@ -75,8 +77,11 @@ class MoEConfig(ComponentConfig):
 class Experts(nn.Module):
     """E SwiGLU feed-forwards with their weights stacked: gate and up [E, 2·I, D], down [E, D, I]."""
 
+    own_products: ClassVar = ("gate_up_EID", "down_EDI")
+
     def __init__(self, experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
+        self.corrections: dict[str, Correction] = {}
         self.active_share = top_k / experts
         self._trains_in_fp8 = False
         self.gate_up_EID = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
@@ -104,8 +109,21 @@ class Experts(nn.Module):
         if self._in_fp8:
             x_RD = permute(x_TD.to(torch.bfloat16), order)
             return fp8_grouped_feed_forward(x_RD, self.gate_up_EID, self.down_EDI, order.ends_E)
+        if self.corrections:
+            return self._corrected(x_TD, order)
         h_RI = grouped_swiglu(x_TD, self.gate_up_EID, order)
         return grouped_linear(h_RI, self.down_EDI, order.ends_E)
+
+    def _corrected(self, x_TD: Tensor, order: ExpertOrder) -> Tensor:
+        """The same in steps, because adapters change what each product gives."""
+
+        def product(name: str, x_RK: Tensor, weight_ENK: Tensor) -> Tensor:
+            y_RN = grouped_linear(x_RK, weight_ENK, order.ends_E)
+            correction = self.corrections.get(name)
+            return y_RN if correction is None else correction.grouped(y_RN, x_RK, order)
+
+        gate_RI, up_RI = product("gate_up_EID", permute(x_TD, order), self.gate_up_EID).chunk(2, -1)
+        return product("down_EDI", F.silu(gate_RI) * up_RI, self.down_EDI)
 
 
 class MixtureOfExperts(nn.Module):

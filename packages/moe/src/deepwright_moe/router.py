@@ -8,12 +8,13 @@ Shapes: T tokens, D hidden, E experts, K experts per token.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from deepwright_core.model.correction import Correction
 from deepwright_core.model.precision import WideBuffers
 from deepwright_core.registry import ComponentConfig
 from deepwright_kernels import route
@@ -39,17 +40,19 @@ class RouterConfig(ComponentConfig):
 class BiasedTopKRouter(WideBuffers):
     """Group-limited top-k on biased scores ("noaux_tc" in published configs); a cast leaves the bias in float32."""
 
+    own_products: ClassVar = ("weight",)
     bias_E: Tensor
 
     def __init__(self, config: RouterConfig, hidden_size: int, experts: int, top_k: int) -> None:
         super().__init__()
+        self.corrections: dict[str, Correction] = {}
         self.config, self.experts, self.top_k = config, experts, top_k
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
         self.register_buffer("bias_E", torch.zeros(experts, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor) -> Routing:
         config = self.config
-        logits_TE = expert_logits(x_TD, self.weight)
+        logits_TE = expert_logits(x_TD, self.weight, self.corrections.get("weight"))
         choice = route(
             logits_TE,
             self.bias_E,

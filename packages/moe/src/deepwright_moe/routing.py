@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepwright_core.model.correction import Correction
+
 
 class Routing(NamedTuple):
     """experts_TK: int64 ids. weights_TK: float32. scores_TE: float32 scores of every expert, without the bias."""
@@ -23,7 +25,8 @@ class Routing(NamedTuple):
     scores_TE: Tensor
 
 
-def expert_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """x Wᵀ in float32, also under autocast. [T, D] -> [T, E]."""
+def expert_logits(x_TD: Tensor, weight_ED: Tensor, correction: Correction | None = None) -> Tensor:
+    """x Wᵀ in float32, also under autocast. [T, D] -> [T, E]. correction: of adapters, where some change the router."""
     with torch.autocast(x_TD.device.type, enabled=False):
-        return x_TD.float() @ weight_ED.float().T
+        logits_TE = x_TD.float() @ weight_ED.float().T
+        return logits_TE if correction is None else correction.added(logits_TE, x_TD).float()

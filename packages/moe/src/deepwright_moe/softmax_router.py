@@ -8,10 +8,13 @@ Shapes: T tokens, D hidden, E experts, K experts per token.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from deepwright_core.model.correction import Correction
 from deepwright_core.registry import ComponentConfig
 from deepwright_kernels import route
 
@@ -34,15 +37,18 @@ class SoftmaxRouterConfig(ComponentConfig):
 class SoftmaxTopKRouter(nn.Module):
     """Group-limited top-k on softmax scores ("greedy" and "group_limited_greedy" in published configs)."""
 
+    own_products: ClassVar = ("weight",)
+
     def __init__(self, config: SoftmaxRouterConfig, hidden_size: int, experts: int, top_k: int) -> None:
         super().__init__()
+        self.corrections: dict[str, Correction] = {}
         self.config, self.top_k = config, top_k
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
 
     def forward(self, x_TD: Tensor) -> Routing:
         config = self.config
         choice = route(
-            expert_logits(x_TD, self.weight),
+            expert_logits(x_TD, self.weight, self.corrections.get("weight")),
             None,
             self.top_k,
             scoring="softmax",

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
@@ -65,6 +65,7 @@ def serve(
     cache_tokens: int = CACHE_TOKENS,
     cache_dtype: CacheDtype = "auto",
     replicas: int = 1,
+    adapters: Mapping[str, Path] | None = None,
     limits: Limits | None = None,
     prices: Prices | None = None,
     address_file: Path | None = None,
@@ -72,8 +73,9 @@ def serve(
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C.
 
-    version: which of that name's it is, as the operator's routes tell it. admin_key_file: the operator's key; it is
-    made where there is none. admin_models: directories from below which models may be loaded while the server runs.
+    version: which of that name's it is, as the operator's routes tell it. adapters: directories of LoRA adapters, by
+    the names that they answer to. admin_key_file: the operator's key; it is made where there is none. admin_models:
+    directories from below which models may be loaded while the server runs.
     prices: what `usage` tells the cost by; without them it tells none.
     address_file: written once requests are taken, as {"address", "host", "port", "pid"}.
     end_with_stdin: end when standard input is closed, that is, when the process that holds its other end is gone.
@@ -92,7 +94,7 @@ def serve(
         if threads:
             torch.set_num_threads(threads)
         loading = Loading(device, precision, cache_tokens, cache_dtype, limits, replicas)
-        roster = Roster([loading.load(directory, name, version)])
+        roster = Roster(loading.load_with_adapters(directory, name, version, adapters or {}))
         changes = None if operator is None else GoingLive(roster, loading, admin_models, limits.drain_seconds)
         service = Service(roster, limits, keys, local, operator, changes, prices)
         run(service, listener, address_file=address_file, end_with_stdin=end_with_stdin)
@@ -209,6 +211,24 @@ def _end_with_stdin(server: GracefulServer) -> None:
     server.handle_exit(signal.SIGTERM, None)
 
 
+def named_adapters(given: Sequence[str], name: str) -> dict[str, Path]:
+    """NAME=DIR of each --adapter; refuses what names none, or two models alike."""
+    found: dict[str, Path] = {}
+    problems = []
+    for option in given:
+        adapter, equals, path = option.partition("=")
+        if not (adapter and equals and path):
+            problems.append(f"--adapter is '{option}'; expected NAME=DIR, such as poet=runs/poet/adapter.")
+        elif adapter == name or adapter in found:
+            other = "the model itself" if adapter == name else f"the adapter in {found[adapter]}"
+            problems.append(f"--adapter {option}: '{adapter}' is the name of {other}; choose another.")
+        else:
+            found[adapter] = Path(path)
+    if problems:
+        raise RequestError(problems)
+    return found
+
+
 @click.command("serve")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -234,6 +254,13 @@ def _end_with_stdin(server: GracefulServer) -> None:
     type=click.IntRange(1, 64),
     help="Engines behind the one address, each on a GPU of its own (on a CPU they share the weights).",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="A LoRA adapter of the model, to be answered under a name of its own; may be given several times.",
+)
 @click.option("--max-running", default=64, show_default=True, type=click.IntRange(1, 4096))
 @click.option("--max-waiting", default=256, show_default=True, type=click.IntRange(0, 65536))
 @click.option("--request-seconds", default=600.0, show_default=True, help="Deadline of a request.")
@@ -258,6 +285,7 @@ def serve_command(
         "request_seconds": "request_seconds",
         "drain_seconds": "drain_seconds",
     }
+    options["adapters"] = named_adapters(options["adapters"], options["name"])
     values = {limit: options.pop(option) for limit, option in names.items()}
     try:
         limits = Limits(**values)

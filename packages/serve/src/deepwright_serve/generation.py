@@ -56,7 +56,7 @@ class Generation:
         self._prices = prices
         self._queue: asyncio.Queue[tuple[int, TokenEvent | Refusal]] = asyncio.Queue()
         self._tickets = [
-            Ticket(prompt, sampling, self._sink(index), record.tenant.salt)
+            Ticket(prompt, sampling, self._sink(index), record.tenant.salt, served.adapter)
             for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True))
         ]
         self._unfinished = set(range(len(self._tickets)))

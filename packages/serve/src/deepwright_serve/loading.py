@@ -6,6 +6,7 @@ How it is loaded is decided once for a server, so that a version that comes late
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from deepwright_core import plugins
 from deepwright_core.engine import CacheDtype, Engine
 from deepwright_core.errors import RequestError
+from deepwright_core.finetune.adapter_files import find_adapter
 from deepwright_core.model.description import describe
 from deepwright_core.model.directory import load_model, read_config
 from deepwright_core.model.transformer import Transformer
@@ -41,6 +43,12 @@ class Loading:
 
     def load(self, directory: Path, name: str, version: str = "") -> Served:
         """Load a model directory; blocks for as long as that takes. `RequestError` when it cannot be served."""
+        return self.load_with_adapters(directory, name, version, {})[0]
+
+    def load_with_adapters(
+        self, directory: Path, name: str, version: str, adapters: Mapping[str, Path]
+    ) -> list[Served]:
+        """The same, and LoRA adapters of it: a model of its own name each, all answered by the same engines."""
         models = self._models(directory)
         tokenizer = Tokenizer.load(directory)
         engines = [
@@ -53,10 +61,15 @@ class Loading:
             )
             for model in models
         ]
+        found = {adapter: find_adapter(path) for adapter, path in adapters.items()}
+        for engine in engines:
+            for adapter, path in found.items():
+                engine.load_adapter(adapter, path, directory)
         context = min(models[0].max_positions, engines[0].cache_capacity)
         threads = [EngineThread(engine, self.limits) for engine in engines]
         thread = threads[0] if self.replicas == 1 else EnginePool(threads)
-        return Served(name, thread, tokenizer, context, version, directory=directory)
+        served = Served(name, thread, tokenizer, context, version, directory=directory)
+        return [served, *(Served(each, thread, tokenizer, context, version, each, found[each]) for each in found)]
 
     def _models(self, directory: Path) -> list[Transformer]:
         """The model, once for each replica."""

@@ -117,7 +117,7 @@ class EnginePool:
         """The number of the replica that a prompt goes to."""
         working = self.working
         least = min(working, key=lambda number: self.replicas[number].open)
-        known = self._affinity.find(ticket.tenant, ticket.prompt)
+        known = self._affinity.find(_owner(ticket), ticket.prompt)
         if known is None or known not in working:
             return least
         replica = self.replicas[known]
@@ -126,7 +126,7 @@ class EnginePool:
 
     def _give(self, tickets: list[Ticket], number: int) -> None:
         self.replicas[number].submit(tickets)
-        self._affinity.remember(tickets[0].tenant, tickets[0].prompt, number)
+        self._affinity.remember(_owner(tickets[0]), tickets[0].prompt, number)
         for ticket in tickets:
             self._takers[ticket] = self.replicas[number]
 
@@ -148,6 +148,11 @@ class EnginePool:
 
 Engines = EngineThread | EnginePool
 """What answers for a model."""
+
+
+def _owner(ticket: Ticket) -> str:
+    """With whom a ticket shares cached prefixes."""
+    return f"{ticket.adapter}\0{ticket.tenant}"
 
 
 def _room(replica: EngineThread) -> int:

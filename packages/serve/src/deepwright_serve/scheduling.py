@@ -45,8 +45,8 @@ LONGEST_RETRY = 60
 class EngineLike(Protocol):
     """What the thread asks of an engine."""
 
-    def add(self, prompt_ids: list[int], params: SamplingParams, *, salt: str) -> Any:
-        """Queue a prompt; returns its id."""
+    def add(self, prompt_ids: list[int], params: SamplingParams, *, salt: str, adapter: str) -> Any:
+        """Queue a prompt for an adapter ("": none); returns its id."""
 
     def cancel(self, request_id: Any) -> Any:
         """Forget a request and free what it holds."""
@@ -75,6 +75,7 @@ class Ticket:
     params: SamplingParams
     sink: Callable[[TokenEvent | Refusal], None]
     tenant: str = ""
+    adapter: str = ""
     give_up: float = math.inf
     engine_id: Any = None
     cancelled: bool = False
@@ -267,7 +268,9 @@ class EngineThread:
 
     def _add(self, ticket: Ticket) -> None:
         try:
-            ticket.engine_id = self._engine.add(ticket.prompt, ticket.params, salt=ticket.tenant)
+            ticket.engine_id = self._engine.add(
+                ticket.prompt, ticket.params, salt=ticket.tenant, adapter=ticket.adapter
+            )
         except RequestError as error:
             self._post([(ticket, Refusal(400, str(error)))])
         except Exception as error:

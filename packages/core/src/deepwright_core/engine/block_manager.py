@@ -2,8 +2,8 @@
 
 Blocks are numbered; block 0 is never given away, because padding writes there. A block is either owned (its reference
 count says by how many sequences), idle (nobody owns it, but its content is known and may be asked for again) or free.
-Content is known by a chain of SHA-256 digests: a block's digest covers all tokens before it, the weights' version and
-the tenant's salt, so equal digests mean equal cache content, and no tenant can find another's prompt.
+Content is known by a chain of SHA-256 digests: a block's digest covers all tokens before it, the weights' version, the
+adapter and the tenant's salt, so equal digests mean equal cache content, and no tenant can find another's prompt.
 Idle blocks are evicted oldest first. Left out: cache on the host or the disk.
 """
 
@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 from ..errors import WorkError
 
 
-def root_digest(weights_version: int, salt: str) -> bytes:
+def root_digest(weights_version: int, adapter: int, salt: str) -> bytes:
     """The start of a digest chain."""
-    return hashlib.sha256(f"{weights_version}:{salt}".encode()).digest()
+    return hashlib.sha256(f"{weights_version}:{adapter}:{salt}".encode()).digest()
 
 
 def block_digest(previous: bytes, tokens: Sequence[int]) -> bytes:

@@ -4,7 +4,7 @@
     completions = engine.generate(prompts, SamplingParams(max_tokens=64))
 
 or, a token at a time, `add`, then `step` while `has_work`. One thread drives it; nothing here waits or locks.
-Left out: text (see the tokenizer), transport (see the server), adapters, grammars.
+Left out: text (see the tokenizer), transport (see the server), grammars.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from ..errors import RequestError, WorkError
+from .adapters import Adapters
 from .block_manager import BlockManager
 from .runner import CacheDtype, GenerationModel, GraphsOption, ModelRunner
 from .scheduler import Scheduler
@@ -114,8 +116,10 @@ class Engine:
             drafts=speculate,
             lookahead=modules,
         )
+        self._adapters = Adapters(model)
         self._runner = ModelRunner(
             model,
+            self._adapters,
             blocks=blocks,
             block_size=block_size,
             max_batch=max_batch,
@@ -131,10 +135,13 @@ class Engine:
 
     # Requests ----------------------------------------------------------------------------------------
 
-    def add(self, prompt_ids: Ordered[int], params: SamplingParams | None = None, *, salt: str = "") -> int:
+    def add(
+        self, prompt_ids: Ordered[int], params: SamplingParams | None = None, *, salt: str = "", adapter: str = ""
+    ) -> int:
         """Queue a request; returns its id.
 
         salt: requests share cached prefixes only with requests of the same salt. Give each tenant its own.
+        adapter: the loaded adapter that answers; "" is the model as it is. Any mixture of them runs in one batch.
         """
         params = params or SamplingParams()
         prompt = [int(token) for token in prompt_ids]
@@ -148,6 +155,7 @@ class Engine:
             limit=min(len(prompt) + params.max_tokens, self.model.max_positions, self.cache_capacity),
             stop_ids=frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.eos_ids),
             salt=salt,
+            adapter=self._adapters.number(adapter),
         )
         self._next_id += 1
         self._sequences[sequence.request_id] = sequence
@@ -216,10 +224,37 @@ class Engine:
     def update_weights(self) -> None:
         """Call after the model's parameters changed in place.
 
-        The prefix cache is dropped; requests under way keep their tokens and are prefilled again.
+        The prefix cache is dropped; requests under way keep their tokens and are prefilled again. Adapters were
+        trained on the weights before: drop them first.
         """
+        if self._adapters:
+            names = ", ".join(self._adapters.names)
+            raise RequestError(f"The weights changed under the adapters {names}, which belong to those before.")
         self._scheduler.new_weights()
         self._runner.weights_changed()
+
+    # Adapters ----------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, directory: Path, base: Path | None = None) -> None:
+        """Load a LoRA adapter (what a stage with `finetune: lora` leaves); requests name it in `add`.
+
+        base: the model directory that the weights were loaded from. An adapter of other weights is refused, and where
+        the weights were cast to a narrower dtype only their files tell. `RequestError` says all that is wrong.
+        """
+        self._adapters.load(name, directory, base)
+        self._runner.layers_changed()
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter. `RequestError` while requests under way use it."""
+        number = self._adapters.number(name)
+        using = sum(sequence.adapter == number for sequence in self._sequences.values())
+        if using:
+            raise RequestError(
+                f"The adapter '{name}' is used by {using} requests under way; finish them with step or cancel them "
+                "first."
+            )
+        self._adapters.drop(name)
+        self._runner.layers_changed()
 
     # Batches -----------------------------------------------------------------------------------------
 
@@ -230,6 +265,7 @@ class Engine:
         on_progress: Callable[[int, int], None] | None = None,
         *,
         salt: str = "",
+        adapter: str = "",
     ) -> list[Completion]:
         """Complete all prompts; completions come in the order of the prompts.
 
@@ -250,7 +286,7 @@ class Engine:
         if problems:
             raise RequestError(problems)
 
-        ids = [self.add(prompt, p, salt=salt) for prompt, p in zip(prompts, params, strict=True)]
+        ids = [self.add(prompt, p, salt=salt, adapter=adapter) for prompt, p in zip(prompts, params, strict=True)]
         sequences = [self._sequences[i] for i in ids]
         endings: dict[int, Any] = {}
         try:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..model.cache import CacheBatch
+from .adapters import Adapters
 from .graphs import Graphs, padded, row_sizes, width_sizes
 from .sampler import SamplingRows, sample
 from .scheduler import Chunk, Plan
@@ -113,6 +114,7 @@ class ModelRunner:
     def __init__(
         self,
         model: GenerationModel,
+        adapters: Adapters,
         *,
         blocks: int,
         block_size: int,
@@ -134,6 +136,8 @@ class ModelRunner:
         def column(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)
 
+        self._adapters = adapters
+        self._adapter_R = column(torch.int64)
         self._token_R = column(torch.int64)
         self._length_R = column(torch.int64).fill_(1)
         self._blocks_RP = column(torch.int64, row_blocks)
@@ -176,9 +180,14 @@ class ModelRunner:
     def weights_changed(self) -> None:
         """The model's parameters were written to; where they lie elsewhere than before, graphs are captured anew."""
         addresses = self._weight_addresses()
-        if addresses != self._addresses and self._graphs is not None:
-            self._graphs.forget()
+        if addresses != self._addresses:
+            self.layers_changed()
         self._addresses = addresses
+
+    def layers_changed(self) -> None:
+        """The model does other work than before: graphs are captured anew."""
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def _weight_addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.model.parameters()]
@@ -204,7 +213,7 @@ class ModelRunner:
 
         queries = speculation.drafts + 1
         length_B, rows = self._length_R[:count], self._sampling_R.first(count)
-        logits = self.model.logits(speculation.hidden_RQD[:count].flatten(0, 1))
+        logits = self._logits(speculation.hidden_RQD[:count].flatten(0, 1), count)
         drawn, logprobs = self._sample(logits, rows.repeated(queries), speculation.positions(length_B).flatten())
         drawn_BQ, logprob_BQ = drawn.unflatten(0, (count, queries)), logprobs.unflatten(0, (count, queries))
         accepted_B = speculation.accept(drawn_BQ, length_B)
@@ -230,7 +239,8 @@ class ModelRunner:
         ]
 
     def _decoding(self, count: int, width: int) -> DecodingRows:
-        """The first `count` rows and `width` of their blocks."""
+        """The first `count` rows and `width` of their blocks: those of the model's next calls."""
+        self._adapters.select(self._adapter_R[:count])
         return DecodingRows(self._token_R[:count], self._length_R[:count], self._blocks_RP[:count, :width])
 
     def _captured(self, name: str, count: int, width: int, work: Callable[[int, int], Tensor]) -> Tensor:
@@ -239,6 +249,11 @@ class ModelRunner:
             return work(count, width)
         count, width = padded(count, self._row_sizes), padded(width, self._width_sizes)
         return self._graphs.run((name, count, width), lambda: work(count, width))
+
+    def _logits(self, hidden: Tensor, count: int) -> Tensor:
+        """Logits of states of the first `count` rows."""
+        self._adapters.select(self._adapter_R[:count])
+        return self.model.logits(hidden)
 
     def _sample(self, logits_BV: Tensor, rows: SamplingRows, position_B: Tensor) -> tuple[Tensor, Tensor]:
         return sample(logits_BV, rows, position_B, any_random=self._any_random, any_truncated=self._any_truncated)
@@ -262,7 +277,7 @@ class ModelRunner:
     def _draw(self, hidden_BD: Tensor, count: int) -> list[list[Drawn]]:
         """Draw the next token of the first `count` rows, write it there, and bring it to the host."""
         length_B = self._length_R[:count]
-        token_B, logprob_B = self._sample(self.model.logits(hidden_BD), self._sampling_R.first(count), length_B)
+        token_B, logprob_B = self._sample(self._logits(hidden_BD, count), self._sampling_R.first(count), length_B)
         self._token_R[:count] = token_B
         length_B += 1
         # Both in one copy: the bits of the float64 travel as int64.
@@ -306,6 +321,8 @@ class ModelRunner:
             blocks_BP[row, : len(used)] = used
         tokens, blocks = self._tensor(tokens_BX), self._tensor(blocks_BP)
         batch = self._chunk_batch(start_B, count_B, blocks_BP, queries, blocks)
+        if self._adapters:
+            self._adapters.select(self._tensor([chunk.sequence.adapter for chunk in group]))
         hidden_BQD = self.model.extend(tokens[:, :queries], self._layer_cache, batch)
         if self._speculation is None:
             return [hidden_BQD]
@@ -372,6 +389,8 @@ class ModelRunner:
         for offset, sequence in enumerate(joined):
             sequence.row = first + offset
             blocks_BP[offset, : len(sequence.blocks)] = sequence.blocks
+        if self._adapters:  # what stands in a row otherwise is no loaded adapter's number
+            self._adapter_R[span] = self._tensor([sequence.adapter for sequence in joined])
         params = [sequence.params for sequence in joined]
         self._blocks_RP[span] = self._tensor(blocks_BP)
         self._length_R[span] = self._tensor([len(sequence) for sequence in joined])
@@ -385,6 +404,7 @@ class ModelRunner:
     def _columns(self) -> list[Tensor]:
         sampling = self._sampling_R
         return [
+            self._adapter_R,
             self._token_R,
             self._length_R,
             self._blocks_RP,

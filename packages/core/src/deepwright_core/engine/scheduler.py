@@ -247,7 +247,7 @@ class Scheduler:
         """Digests of the first `blocks` blocks. A block's digest covers the tokens that its content hangs on."""
         size, digests = self.block_size, sequence.digests
         for index in range(len(digests), blocks):
-            previous = digests[-1] if digests else root_digest(self.weights_version, sequence.salt)
+            previous = digests[-1] if digests else root_digest(self.weights_version, sequence.adapter, sequence.salt)
             digests.append(block_digest(previous, sequence.tokens[index * size : (index + 1) * size + self.lookahead]))
 
     def _publish(self, sequence: Sequence, computed: int) -> list[int]:

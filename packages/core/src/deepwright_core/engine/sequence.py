@@ -178,6 +178,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter",
         "admitted_at",
         "blocks",
         "cached_tokens",
@@ -208,6 +209,7 @@ class Sequence:
         limit: int,
         stop_ids: frozenset[int],
         salt: str,
+        adapter: int,
     ) -> None:
         self.request_id = request_id
         self.tokens = prompt
@@ -220,6 +222,7 @@ class Sequence:
         self.limit = limit  # length in tokens at which it ends with "length"
         self.stop_ids = stop_ids
         self.salt = salt
+        self.adapter = adapter  # its number, 0 for none
         self.blocks: list[int] = []
         self.digests: list[bytes] = []  # of its full blocks, as far as they were needed
         self.published = 0  # how many of its blocks were offered to the prefix cache

@@ -45,6 +45,12 @@ def write(directory: Path, config: BaseModel, adapted: Mapping[str, Tensor], fac
     write_atomically(directory / CONFIG_FILE, json.dumps(document, indent=2) + "\n")
 
 
+def find_adapter(path: Path) -> Path:
+    """The adapter's directory that a path means: itself, or the one that a stage left in its directory."""
+    below = path / "adapter"
+    return below if not (path / CONFIG_FILE).is_file() and (below / CONFIG_FILE).is_file() else path
+
+
 def read(directory: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
     """(the finetune section, the digest of the weights that were adapted, the factors)."""
     path = directory / CONFIG_FILE
