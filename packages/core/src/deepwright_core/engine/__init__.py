@@ -1,7 +1,7 @@
 """The generation engine: sequences, blocks, scheduler, runner and sampler, each with one idea of its own."""
 
 from .engine import Engine, EngineStats
-from .grammar import Grammar
+from .grammar import Grammar, compile_grammar
 from .runner import CacheDtype
 from .scores import TokenScore
 from .sequence import Completion, SamplingParams, TokenEvent
@@ -17,4 +17,5 @@ __all__ = [
     "ThinkingControl",
     "TokenEvent",
     "TokenScore",
+    "compile_grammar",
 ]

@@ -4,7 +4,7 @@
     completions = engine.generate(prompts, SamplingParams(max_tokens=64))
 
 or, a token at a time, `add`, then `step` while `has_work`. One thread drives it; nothing here waits or locks.
-Left out: text (see the tokenizer), transport (see the server), grammars.
+Left out: text (see the tokenizer), transport (see the server).
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Engine:
         """
         params = params or SamplingParams()
         prompt = [int(token) for token in prompt_ids]
-        problems = self._problems(prompt)
+        problems = self._problems(prompt, params)
         if problems:
             raise RequestError(problems)
         sequence = Sequence(
@@ -282,7 +282,11 @@ class Engine:
             params = [dataclasses.replace(base, seed=base.seed + i) for i in range(len(prompts))]
         if len(params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts came with {len(params)} sampling parameters; give one or all.")
-        problems = [f"Prompt {i}: {problem}" for i, prompt in enumerate(prompts) for problem in self._problems(prompt)]
+        problems = [
+            f"Prompt {i}: {problem}"
+            for i, (prompt, asked) in enumerate(zip(prompts, params, strict=True))
+            for problem in self._problems(prompt, asked)
+        ]
         if problems:
             raise RequestError(problems)
 
@@ -308,7 +312,7 @@ class Engine:
                 endings[i],
                 s.cached_tokens,
                 s.scores,
-                s.prompt_scores,
+                s.told_prompt_scores,
                 s.forced if any(s.forced) else [],
             )
             for i, s in zip(ids, sequences, strict=True)
@@ -316,8 +320,8 @@ class Engine:
 
     # Inside ------------------------------------------------------------------------------------------
 
-    def _problems(self, prompt: Ordered[int]) -> list[str]:
-        """What makes a prompt impossible, as sentences with numbers."""
+    def _problems(self, prompt: Ordered[int], params: SamplingParams) -> list[str]:
+        """What makes a prompt or what is asked of its answer impossible, as sentences with numbers."""
         if not len(prompt):
             return ["the prompt is empty; expected at least one token (the beginning-of-sentence token will do)."]
         problems = []
@@ -336,6 +340,16 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             wrong = next(token for token in prompt if not 0 <= token < vocabulary)
             problems.append(f"the prompt holds token {wrong}; the model knows 0 to {vocabulary - 1}.")
+        problems += [
+            f"{name} names token {token}; the model knows 0 to {vocabulary - 1}."
+            for name, token in params.named_tokens
+            if token >= vocabulary
+        ]
+        if params.grammar is not None and params.grammar.vocabulary > vocabulary:
+            problems.append(
+                f"the grammar was compiled for a tokenizer of {params.grammar.vocabulary} tokens; the model knows "
+                f"{vocabulary}: compile it for the model's own tokenizer."
+            )
         return problems
 
     @contextmanager

@@ -19,7 +19,6 @@ import json
 import threading
 import weakref
 from collections.abc import Iterable
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -74,17 +73,6 @@ class GrammarState:
         consumed = self._matcher.consume_token(token)
         self.allowed_W = self._mask() if consumed else self._nothing()
         self.accepting = consumed and self._matcher.is_accepting()
-
-    def after(self, tokens: Ordered[int]) -> tuple[np.ndarray, bool] | None:
-        """`allowed_W` and `accepting` as they would be behind these tokens; None: they are not all allowed."""
-        if not tokens:
-            return self.allowed_W, self.accepting
-        if self._matcher.validate_tokens(list(tokens)) < len(tokens):
-            return None
-        self._matcher.consume_tokens(list(tokens))
-        ahead = self._mask(), self._matcher.is_accepting()
-        self._matcher.rollback(len(tokens))
-        return ahead
 
     def _nothing(self) -> np.ndarray:
         # The library's own end of text has a bit behind the last token's.
@@ -281,15 +269,29 @@ class _Vocabulary:
         # Tokens without bytes could stand anywhere for ever; ids without a token never.
         special |= {i for i in range(tokenizer.vocab_size) if not tokens.get(i)}
         self.special_token_ids = [*sorted(special), self.eos_token_id]
+        self._ids = {token: i for i, token in tokens.items() if i not in special}
+        self._longest = max(map(len, self._ids), default=0)
         # The library wants a name for each special token and takes the first character for a mark.
         self.tokens = [f"<{i}>".encode() if i in special else tokens[i] for i in range(tokenizer.vocab_size)] + [
             b"<end>"
         ]
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """How the tokenizer itself would cut a text that can only go on in one way."""
-        text = text.decode() if isinstance(text, bytes) else text
-        return self._tokenizer.encode_batch([text], inside=True)[0]
+        """How a text that can only go on in one way is cut: as the tokenizer would, where that is just this text."""
+        wanted = text.encode() if isinstance(text, str) else text
+        ids = self._tokenizer.encode_batch([wanted.decode(errors="replace")], inside=True)[0]
+        # Tokenizers with marked spaces put one before a text, and some change characters.
+        return ids if b"".join(map(self.tokens.__getitem__, ids)) == wanted else self._longest_first(wanted)
+
+    def _longest_first(self, text: bytes) -> list[int]:
+        ids = []
+        while text:
+            length = next((n for n in range(min(self._longest, len(text)), 0, -1) if text[:n] in self._ids), 0)
+            if not length:
+                break  # no token goes on from here: the library is told what there is
+            ids.append(self._ids[text[:length]])
+            text = text[length:]
+        return ids
 
 
 _tries: weakref.WeakKeyDictionary[Tokenizer, Any] = weakref.WeakKeyDictionary()

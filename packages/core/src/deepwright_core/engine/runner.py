@@ -22,9 +22,13 @@ from torch import Tensor
 from ..errors import RequestError
 from ..model.cache import CacheBatch
 from .adapters import Adapters
+from .controls import Controls
+from .draw import Draw, Reader
 from .graphs import Graphs, padded, row_sizes, width_sizes
+from .parcel import Parcel
 from .sampler import SamplingRows, sample
 from .scheduler import Chunk, Plan
+from .scores import AnswerScores, PromptScores
 from .sequence import Drawn, Sequence
 from .speculation import DecodingRows, DraftingModel, Speculation, modules_used
 
@@ -149,7 +153,8 @@ class ModelRunner:
             seed_B=column(torch.int64),
         )
         self._filled = 0  # rows from here on are padding: token 0, length 1, all blocks 0
-        self._any_random = self._any_truncated = False
+        self._any_random = self._any_truncated = self._any_controlled = self._any_scored = False
+        self._controls = Controls(model.config.vocab_size, self.device)
         self._graphs = Graphs(self.device) if graphs == "auto" and self.device.type == "cuda" else None
         self._row_sizes, self._width_sizes = row_sizes(max_batch), width_sizes(block_size, row_blocks)
         self._addresses = self._weight_addresses()
@@ -168,14 +173,14 @@ class ModelRunner:
     def run(self, plan: Plan) -> list[list[Drawn]]:
         """Do the step; returns the tokens drawn for each of `plan.rows`."""
         self._align(plan)
-        if self._speculation is not None:
-            return self._run_speculatively(self._speculation, plan)
-        hidden = [self._decode(plan.decode)] if plan.decode else []
-        hidden += [states_JXD[:, 0] for states_JXD in self._prefill(plan)]
-        if not hidden:
+        parcel = Parcel()
+        prompts = PromptScores(self._prompt_logits, self.model.config.vocab_size, parcel)
+        read = (self._run_plainly if self._speculation is None else self._run_speculatively)(plan, parcel, prompts)
+        if read is None and not prompts:
             return []
-        self._join(plan)
-        return self._draw(torch.cat(hidden) if len(hidden) > 1 else hidden[0], len(plan.rows))
+        arrays = parcel.open()
+        prompts.arrive(arrays)
+        return [] if read is None else read(arrays)
 
     def weights_changed(self) -> None:
         """The model's parameters were written to; where they lie elsewhere than before, graphs are captured anew."""
@@ -192,8 +197,24 @@ class ModelRunner:
     def _weight_addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.model.parameters()]
 
-    def _run_speculatively(self, speculation: Speculation, plan: Plan) -> list[list[Drawn]]:
+    def _run_plainly(self, plan: Plan, parcel: Parcel, prompts: PromptScores) -> Reader | None:
+        """The step with one token a row."""
+        hidden = [self._decode(plan.decode)] if plan.decode else []
+        hidden += [states_JXD[:, 0] for states_JXD in self._prefill(plan, prompts)]
+        if not hidden:
+            return None
+        self._join(plan)
+        length_B = self._length_R[: len(plan.rows)]
+        logits_BV = self._logits(torch.cat(hidden) if len(hidden) > 1 else hidden[0], len(plan.rows))
+        draw = self._draw(plan.rows, logits_BV, length_B[:, None], parcel)
+        self._token_R[: len(plan.rows)] = draw.token_BQ[:, 0]
+        length_B += 1
+        return draw.read
+
+    def _run_speculatively(self, plan: Plan, parcel: Parcel, prompts: PromptScores) -> Reader | None:
         """The step with drafts: verify those there are, accept, and draft anew."""
+        speculation = self._speculation
+        assert speculation is not None
         first, count = len(plan.decode), len(plan.rows)
         if plan.decode:
             width = max(len(sequence.blocks) for sequence in plan.decode)
@@ -204,20 +225,18 @@ class ModelRunner:
                 return hidden_BQD.copy_(self.model.extend(tokens_BQ, self._layer_cache, batch))
 
             self._captured("verify", first, width, verify)
-        for states_JXD in self._prefill(plan):
+        for states_JXD in self._prefill(plan, prompts):
             room_J = self._tensor([sequence.room(self.block_size) for sequence in plan.joined])
             speculation.join(slice(first, count), states_JXD, room_J)
         if not count:
-            return []
+            return None
         self._join(plan)
 
-        queries = speculation.drafts + 1
-        length_B, rows = self._length_R[:count], self._sampling_R.first(count)
-        logits = self._logits(speculation.hidden_RQD[:count].flatten(0, 1), count)
-        drawn, logprobs = self._sample(logits, rows.repeated(queries), speculation.positions(length_B).flatten())
-        drawn_BQ, logprob_BQ = drawn.unflatten(0, (count, queries)), logprobs.unflatten(0, (count, queries))
-        accepted_B = speculation.accept(drawn_BQ, length_B)
-        host_BX = torch.cat((accepted_B[:, None], drawn_BQ, logprob_BQ.view(torch.int64)), 1)
+        length_B = self._length_R[:count]
+        logits_XV = self._logits(speculation.hidden_RQD[:count].flatten(0, 1), count)
+        draw = self._draw(plan.rows, logits_XV, speculation.positions(length_B), parcel)
+        accepted_B = speculation.accept(draw.token_BQ, length_B)
+        draw.accept(accepted_B)
 
         def advance(count: int, width: int) -> Tensor:
             rows = self._sampling_R.first(count)
@@ -226,17 +245,9 @@ class ModelRunner:
 
         width = max(len(sequence.blocks) for sequence in plan.rows)
         self._captured(f"draft {self._any_random} {self._any_truncated}", count, width, advance)
-        self._token_R[:count] = drawn_BQ.gather(1, accepted_B[:, None])[:, 0]
+        self._token_R[:count] = draw.token_BQ.gather(1, accepted_B[:, None])[:, 0]
         length_B += accepted_B + 1
-
-        host = host_BX.cpu().numpy()
-        values = np.ascontiguousarray(host[:, 1 + queries :]).view(np.float64)
-        return [
-            [Drawn(token, value) for token, value in zip(row[: n + 1], row_values, strict=False)]
-            for n, row, row_values in zip(
-                host[:, 0].tolist(), host[:, 1 : 1 + queries].tolist(), values.tolist(), strict=True
-            )
-        ]
+        return draw.read
 
     def _decoding(self, count: int, width: int) -> DecodingRows:
         """The first `count` rows and `width` of their blocks: those of the model's next calls."""
@@ -254,6 +265,12 @@ class ModelRunner:
         """Logits of states of the first `count` rows."""
         self._adapters.select(self._adapter_R[:count])
         return self.model.logits(hidden)
+
+    def _prompt_logits(self, hidden_ND: Tensor, sequence: Sequence) -> Tensor:
+        """Logits of states of one sequence."""
+        if self._adapters:
+            self._adapters.select(self._tensor([sequence.adapter]))
+        return self.model.logits(hidden_ND)
 
     def _sample(self, logits_BV: Tensor, rows: SamplingRows, position_B: Tensor) -> tuple[Tensor, Tensor]:
         return sample(logits_BV, rows, position_B, any_random=self._any_random, any_truncated=self._any_truncated)
@@ -274,20 +291,26 @@ class ModelRunner:
         batch = CacheBatch(position_B1, slot_B1, blocks_BP, length_B, self.block_size)
         return self.model.extend(token_B[:, None], self._layer_cache, batch)[:, 0]
 
-    def _draw(self, hidden_BD: Tensor, count: int) -> list[list[Drawn]]:
-        """Draw the next token of the first `count` rows, write it there, and bring it to the host."""
-        length_B = self._length_R[:count]
-        token_B, logprob_B = self._sample(self._logits(hidden_BD, count), self._sampling_R.first(count), length_B)
-        self._token_R[:count] = token_B
-        length_B += 1
-        # Both in one copy: the bits of the float64 travel as int64.
-        host_2B = torch.stack((token_B, logprob_B.view(torch.int64))).cpu().numpy()
-        tokens, logprobs = host_2B[0].tolist(), host_2B[1].view(np.float64).tolist()
-        return [[Drawn(token, logprob)] for token, logprob in zip(tokens, logprobs, strict=True)]
+    def _draw(self, sequences: list[Sequence], logits_XV: Tensor, position_BQ: Tensor, parcel: Parcel) -> Draw:
+        """Draw a token for each position of each row; logits [B · Q, V]."""
+        count, queries = position_BQ.shape
+        controls = self._controls.of(sequences) if self._any_controlled else None
+        rows = self._sampling_R.first(count)
+        token_X, logprob_X = self._sample(
+            logits_XV if controls is None else controls.adjust(logits_XV, queries),
+            rows if queries == 1 else rows.repeated(queries),
+            position_BQ.flatten(),
+        )
+        token_BQ, logprob_BQ = token_X.view(count, queries), logprob_X.view(count, queries)
+        forced_B = None
+        if controls is not None:
+            token_BQ[:, 0], logprob_BQ[:, 0], forced_B = controls.settle(token_BQ[:, 0], logprob_BQ[:, 0])
+        scores = AnswerScores(sequences, logits_XV, token_BQ[:, 0], queries, parcel) if self._any_scored else None
+        return Draw(token_BQ, logprob_BQ, forced_B, scores, parcel)
 
     # Prefill -----------------------------------------------------------------------------------------
 
-    def _prefill(self, plan: Plan) -> list[Tensor]:
+    def _prefill(self, plan: Plan, prompts: PromptScores) -> list[Tensor]:
         """Compute all chunks. States [J, X, D] of each of `plan.joined`, if there are any: the hidden of its last token
         and, behind it, what speculation carries on."""
         complete = {sequence.request_id: index for index, sequence in enumerate(plan.joined)}
@@ -295,6 +318,8 @@ class ModelRunner:
         last = []
         for group in grouped(plan.chunks):
             hidden = self._extend(group)
+            for row, chunk in enumerate(group):
+                prompts.take(chunk.sequence, chunk.start, hidden[0][row, : chunk.end - chunk.start])
             rows = [i for i, chunk in enumerate(group) if chunk.end == len(chunk.sequence)]
             if rows:
                 order += [complete[group[i].sequence.request_id] for i in rows]
@@ -382,6 +407,8 @@ class ModelRunner:
         # Sequences that leave may make these needlessly true until the next one joins; that changes no result.
         self._any_random = any(not s.params.greedy for s in plan.rows)
         self._any_truncated = any(s.params.truncated for s in plan.rows)
+        self._any_controlled = any(s.controlled for s in plan.rows)
+        self._any_scored = any(s.params.scores is not None for s in plan.rows)
         first, joined = len(plan.decode), plan.joined
         self._filled = first + len(joined)
         span = slice(first, first + len(joined))

@@ -132,7 +132,7 @@ class Scheduler:
                         reason,
                         sequence.cached_tokens,
                         token.score,
-                        sequence.prompt_scores if len(sequence.logprobs) == 1 else None,
+                        sequence.told_prompt_scores if len(sequence.logprobs) == 1 else None,
                         token.forced,
                         sequence.admitted_at,
                     )
@@ -211,6 +211,8 @@ class Scheduler:
         size = self.block_size
         # At least one token is always computed: its hidden state is what the first draw needs.
         matchable = max(0, len(sequence) - max(1, self.lookahead)) // size
+        if sequence.params.prompt_scores is not None and not sequence.logprobs:
+            matchable = 0  # scores are made of hidden states, which are not cached
         self._extend_digests(sequence, matchable)
         shared = self.manager.match(sequence.digests[:matchable])
         needed = math.ceil(len(sequence) / size) - len(shared)

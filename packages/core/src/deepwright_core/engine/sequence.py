@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from ..errors import RequestError
 from .grammar import Grammar
+from .rules import Rules
 from .scores import MAX_ALTERNATIVES, TokenScore
 from .thinking import ThinkingControl
 
@@ -108,15 +109,25 @@ class SamplingParams:
         return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
+    def penalised(self) -> bool:
+        """Whether tokens that were there before are less (or more) probable."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    @property
+    def named_tokens(self) -> list[tuple[str, int]]:
+        """Tokens that an answer is to hold or whose logits change, each with the field that names it."""
+        named = [("logit_bias", token) for token, _ in self.logit_bias]
+        return named + ([] if self.thinking is None else self.thinking.named_tokens)
+
+    @property
+    def ruled(self) -> bool:
+        """Whether what may come next hangs on the answer so far."""
+        return self.min_tokens > 0 or self.thinking is not None or self.grammar is not None
+
+    @property
     def speculative(self) -> bool:
         """Whether a token's distribution is known before the tokens drafted ahead of it have been drawn."""
-        return (
-            (self.min_tokens, self.presence_penalty, self.frequency_penalty, self.repetition_penalty) == (0, 0, 0, 1)
-            and not self.logit_bias
-            and self.scores is None
-            and self.thinking is None
-            and self.grammar is None
-        )
+        return not (self.penalised or self.ruled or self.logit_bias) and self.scores is None
 
 
 class Drawn(NamedTuple):
@@ -183,6 +194,7 @@ class Sequence:
         "blocks",
         "cached_tokens",
         "computed",
+        "controlled",
         "decoding",
         "digests",
         "forced",
@@ -194,6 +206,7 @@ class Sequence:
         "published",
         "request_id",
         "row",
+        "rules",
         "salt",
         "scores",
         "stop_ids",
@@ -217,8 +230,10 @@ class Sequence:
         self.logprobs: list[float] = []
         self.forced: list[bool] = []
         self.scores: list[TokenScore] = []
-        self.prompt_scores: tuple[TokenScore, ...] | None = None
+        self.prompt_scores: list[TokenScore] = []
         self.params = params
+        self.rules = Rules(params, stop_ids) if params.ruled else None
+        self.controlled = params.ruled or params.penalised or bool(params.logit_bias)
         self.limit = limit  # length in tokens at which it ends with "length"
         self.stop_ids = stop_ids
         self.salt = salt
@@ -239,6 +254,11 @@ class Sequence:
         """Drafted tokens are of use at positions below this: they have a slot, and a token may follow them."""
         return min(len(self.blocks) * block_size, self.limit - 1) if self.params.speculative else 0
 
+    @property
+    def told_prompt_scores(self) -> tuple[TokenScore, ...] | None:
+        """The scores of its prompt, once that is computed; None when they were not asked for."""
+        return None if self.params.prompt_scores is None else tuple(self.prompt_scores)
+
     def append(self, drawn: Drawn) -> FinishReason | None:
         """Take the next token; why the sequence ends with it, or None."""
         self.tokens.append(drawn.token_id)
@@ -246,6 +266,9 @@ class Sequence:
         self.forced.append(drawn.forced)
         if drawn.score is not None:
             self.scores.append(drawn.score)
+        reason = self.rules.take(drawn.token_id, drawn.forced) if self.rules is not None else None
         if drawn.token_id in self.stop_ids:
             return "stop"
+        if reason is not None:
+            return reason
         return "length" if len(self.tokens) >= self.limit else None

@@ -1,0 +1,87 @@
+"""What the next token of one answer is bound to: by its least length, its thinking control and its grammar.
+
+This is the host's part, plain Python over tokens; `controls` does to the logits what it says.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from .grammar import set_bits
+
+if TYPE_CHECKING:
+    from .sequence import SamplingParams
+
+
+class Bounds(NamedTuple):
+    """Of one draw.
+
+    forced: the token that comes whatever is drawn. banned: tokens that cannot be drawn. replaced: tokens instead of
+    which, when they are drawn, `instead` comes. allowed_W: a grammar's mask (`grammar`), from which `banned` are gone.
+    """
+
+    forced: int | None = None
+    banned: frozenset[int] = frozenset()
+    replaced: frozenset[int] = frozenset()
+    instead: int | None = None
+    allowed_W: np.ndarray | None = None
+
+
+FREE = Bounds()
+
+
+class Rules:
+    """The rules of an answer and where it stands in them. It sees each of its tokens once, in order."""
+
+    def __init__(self, params: SamplingParams, stop_ids: frozenset[int]) -> None:
+        self._stop_ids = stop_ids
+        self._least = params.min_tokens
+        self._tokens = 0
+        self._control = params.thinking
+        self._thinking = params.thinking.start() if params.thinking is not None else None
+        self._grammar = params.grammar.start() if params.grammar is not None else None
+
+    def bounds(self) -> Bounds:
+        """Of the next draw."""
+        ends = self._stop_ids if self._tokens < self._least else frozenset[int]()
+        control, thinking = self._control, self._thinking
+        if control is not None and thinking is not None:
+            if thinking.queue:
+                return Bounds(forced=thinking.queue[0])
+            if thinking.inside:
+                # An answer that owes a text of its grammar cannot end while it thinks.
+                banned = ends if self._grammar is None else self._stop_ids
+                if not control.too_early(thinking):
+                    return Bounds(banned=banned)
+                replaced = self._stop_ids | {control.end_id}
+                if control.continuation:
+                    return Bounds(replaced=replaced, instead=control.continuation[0])
+                return Bounds(banned=replaced)
+            if control.start_id is not None and control.spent(thinking):
+                ends |= {control.start_id}
+        if self._grammar is None:
+            return Bounds(banned=ends)
+        allowed_W = self._grammar.allowed_W.copy()
+        if self._grammar.accepting:
+            set_bits(allowed_W, self._stop_ids, True)
+        if control is not None and control.start_id is not None and not self._tokens:
+            set_bits(allowed_W, [control.start_id], True)
+        set_bits(allowed_W, ends, False)
+        return Bounds(allowed_W=allowed_W)
+
+    def take(self, token: int, forced: bool) -> Literal["stop", "length"] | None:
+        """Go on behind a token; why the answer cannot: its text is complete, or a limit of its grammar was reached."""
+        self._tokens += 1
+        thought = False
+        if self._control is not None and self._thinking is not None:
+            before = self._thinking
+            self._thinking = self._control.after(before, token, forced)
+            thought = before.inside or self._thinking.inside
+        if self._grammar is None or thought or token in self._stop_ids:
+            return None
+        self._grammar.advance(token)
+        if not self._grammar.stuck:
+            return None
+        return "stop" if self._grammar.accepting else "length"
