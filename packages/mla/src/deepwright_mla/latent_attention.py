@@ -11,7 +11,8 @@ The cache holds latents in the model's dtype, or in FP8 with the rope key in bfl
 layout). Leaves out sparse attention (a variant of its own).
 
 Shapes: B sequences, S tokens, Q new tokens, D hidden, H heads, P key width without position, R rope width, V value
-width, C latent width, N cache slots, L longest context, F = R / 2 rope pairs.
+width, C latent width, N cache slots, L longest context, F = R / 2 rope pairs, T = B · Q, X and Y what goes into and
+comes out of a head's own matrix.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def for_heads(rope: Rope) -> Rope:
 def per_head(x_BQHX: Tensor, weight_HXY: Tensor) -> Tensor:
     """Each head's vector times its own matrix: [B, Q, H, X] -> [B, Q, H, Y]."""
     x_HTX = x_BQHX.flatten(0, 1).transpose(0, 1)
-    return torch.bmm(x_HTX, weight_HXY).transpose(0, 1).unflatten(0, x_BQHX.shape[:2])
+    y_THY = x_HTX.new_empty(x_HTX.shape[1], *weight_HXY.shape[::2])
+    torch.bmm(x_HTX, weight_HXY, out=y_THY.transpose(0, 1))  # written where it belongs: nobody has to move it
+    return y_THY.unflatten(0, x_BQHX.shape[:2])
 
 
 class LatentAttention(nn.Module):

@@ -27,6 +27,10 @@ class Routing(NamedTuple):
 
 def expert_logits(x_TD: Tensor, weight_ED: Tensor, correction: Correction | None = None) -> Tensor:
     """x Wᵀ in float32, also under autocast. [T, D] -> [T, E]. correction: of adapters, where some change the router."""
+    if x_TD.is_cuda and x_TD.dtype == weight_ED.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        # Products of bfloat16 are exact in float32, in which the matrix units sum: no wider copies are needed.
+        logits_TE = torch.mm(x_TD, weight_ED.T, out_dtype=torch.float32)
+        return logits_TE if correction is None else correction.added(logits_TE, x_TD).float()
     with torch.autocast(x_TD.device.type, enabled=False):
         logits_TE = x_TD.float() @ weight_ED.float().T
         return logits_TE if correction is None else correction.added(logits_TE, x_TD).float()

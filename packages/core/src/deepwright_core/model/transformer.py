@@ -44,11 +44,18 @@ class Block(nn.Module):
         normed_BSD, x_BSD = self.ffn_norm.after_adding(attended_BSD, x_BSD)
         return x_BSD + self.ffn(normed_BSD, record)
 
-    def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
-        attention = cast(Attention, self.attention)
-        attended_BQD = attention.extend(self.attention_norm(x_BQD), rope, cache_NW, batch)
+    def extend(
+        self, x_BQD: Tensor, added_BQD: Tensor | None, rope: Rope, cache_NW: Tensor, batch: CacheBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream without what the feed-forward adds to it, and that: whoever norms next adds them up in
+        passing. `added_BQD`: the same of the block before."""
+        if added_BQD is None:
+            normed_BQD = self.attention_norm(x_BQD)
+        else:
+            normed_BQD, x_BQD = self.attention_norm.after_adding(added_BQD, x_BQD)
+        attended_BQD = cast(Attention, self.attention).extend(normed_BQD, rope, cache_NW, batch)
         normed_BQD, x_BQD = self.ffn_norm.after_adding(attended_BQD, x_BQD)
-        return x_BQD + cast(FeedForward, self.ffn).forward(normed_BQD, None)
+        return x_BQD, cast(FeedForward, self.ffn).forward(normed_BQD, None)
 
 
 class MultiTokenPrediction(nn.Module):
@@ -78,7 +85,8 @@ class MultiTokenPrediction(nn.Module):
     def extend(
         self, embedded_BQD: Tensor, hidden_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch
     ) -> Tensor:
-        return self.norm(self.block.extend(self._joined(embedded_BQD, hidden_BQD), rope, cache_NW, batch))
+        x_BQD, added_BQD = self.block.extend(self._joined(embedded_BQD, hidden_BQD), None, rope, cache_NW, batch)
+        return self.norm.after_adding(added_BQD, x_BQD)[0]
 
     def _joined(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         return self.projection(torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], -1))
@@ -160,10 +168,11 @@ class Transformer(nn.Module):
     def extend(self, tokens_BQ: Tensor, cache: list[Tensor], batch: CacheBatch) -> Tensor:
         """Generation form: caches the new tokens and returns their final (normed) hidden [B, Q, D]."""
         rope = self.rotary(batch.positions_BQ)
-        x_BQD = self.embedding(tokens_BQ)
+        x_BQD: Tensor = self.embedding(tokens_BQ)
+        added_BQD: Tensor | None = None
         for block, cache_NW in zip(self.layers, cache, strict=True):
-            x_BQD = cast(Block, block).extend(x_BQD, rope, cache_NW, batch)
-        return self.norm(x_BQD)
+            x_BQD, added_BQD = cast(Block, block).extend(x_BQD, added_BQD, rope, cache_NW, batch)
+        return self.norm(x_BQD) if added_BQD is None else self.norm.after_adding(added_BQD, x_BQD)[0]
 
     def extend_further(
         self, hidden_BQD: Tensor, next_tokens_BQ: Tensor, depth: int, cache_NW: Tensor, batch: CacheBatch
