@@ -3,13 +3,14 @@
 A step gives every row one query for its last token and one for each of K drafted tokens, draws the target's own token
 at each place with the counter of that place, and accepts drafts for as long as they equal what was drawn. So what comes
 out is, token by token, what comes out without drafts, for every seed, temperature and truncation: the distribution is
-the target's because nothing else is ever drawn from. Rejection sampling (Leviathan et al. 2023, algorithm 1) would
-accept a little more often when temperatures are high, and a seed would no longer give the same tokens.
+the target's because nothing else is ever drawn from.
 
 Drafts come from the modules in turn, then from the last of them repeatedly. They are drawn as the target's tokens are:
-with the request's temperature and truncation, and with the very counter that the target will use at that place. Two
-distributions that agree then mostly give the same token (common random numbers; Daliri, Musco & Suresh 2024, "Coupling
-without communication and drafter-invariant speculative decoding").
+with the request's temperature and truncation, and with the very counters that the target will use at that place. Where
+two distributions agree, they then give the same token (Daliri, Musco & Suresh 2024, "Coupling without communication and
+drafter-invariant speculative decoding"). On a briefly trained model at temperature 1, 61 % of first drafts are accepted
+in this way and 68 % would be by rejection sampling (Leviathan et al. 2023, algorithm 1), whose tokens depend on the
+drafts: a seed would give other tokens with speculation than without. Most probable tokens as drafts: 17 %.
 
 An entry of module d at position i is made of the previous depth's hidden at i and the token at i + 1 + d. When the
 tokens 0..n are known (the last not yet given to the main model), the main model's entries stand up to n - 1 and module
