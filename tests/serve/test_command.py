@@ -45,6 +45,8 @@ def test_a_port_in_use_is_one_sentence_and_status_2(
         (["--device", "abacus"], "--device is 'abacus'"),
         (["--cache-dtype", "fp4"], "--cache-dtype"),
         (["--cache-dtype", "fp8"], "has no FP8 cache"),
+        (["--speculate", "4"], "--speculate"),
+        (["--speculate", "1"], "speculate is 1, and the model has no MTP module"),
     ],
 )
 def test_wrong_options(

@@ -27,7 +27,7 @@ import torch
 import uvicorn
 from pydantic import ValidationError
 
-from deepwright_core.engine import CacheDtype
+from deepwright_core.engine import MAX_DRAFTS, CacheDtype
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.model.directory import find_model
 from deepwright_core.stage import write_atomically
@@ -65,6 +65,7 @@ def serve(
     cache_tokens: int = CACHE_TOKENS,
     cache_dtype: CacheDtype = "auto",
     replicas: int = 1,
+    speculate: int = 0,
     adapters: Mapping[str, Path] | None = None,
     limits: Limits | None = None,
     prices: Prices | None = None,
@@ -93,7 +94,7 @@ def serve(
     with listener:
         if threads:
             torch.set_num_threads(threads)
-        loading = Loading(device, precision, cache_tokens, cache_dtype, limits, replicas)
+        loading = Loading(device, precision, cache_tokens, cache_dtype, limits, replicas, speculate)
         roster = Roster(loading.load_with_adapters(directory, name, version, adapters or {}))
         changes = None if operator is None else GoingLive(roster, loading, admin_models, limits.drain_seconds)
         service = Service(roster, limits, keys, local, operator, changes, prices)
@@ -253,6 +254,13 @@ def named_adapters(given: Sequence[str], name: str) -> dict[str, Path]:
     show_default=True,
     type=click.IntRange(1, 64),
     help="Engines behind the one address, each on a GPU of its own (on a CPU they share the weights).",
+)
+@click.option(
+    "--speculate",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, MAX_DRAFTS),
+    help="Tokens that the model's MTP modules draft in a step: the same answers, in fewer steps.",
 )
 @click.option(
     "--adapter",

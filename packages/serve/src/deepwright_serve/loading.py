@@ -32,7 +32,8 @@ CACHE_TOKENS = 65536
 @dataclass(frozen=True)
 class Loading:
     """device: auto, cpu, cuda or cuda:N. precision: auto, fp32 or bf16. cache_tokens: what the cache holds, of each
-    replica. replicas: engines that share the work; each has a GPU, or on a CPU all have the same weights."""
+    replica. replicas: engines that share the work; each has a GPU, or on a CPU all have the same weights. speculate:
+    tokens that the model's MTP modules draft in a step."""
 
     device: str = "auto"
     precision: str = "auto"
@@ -40,6 +41,7 @@ class Loading:
     cache_dtype: CacheDtype = "auto"
     limits: Limits = field(default_factory=Limits)
     replicas: int = 1
+    speculate: int = 0
 
     def load(self, directory: Path, name: str, version: str = "") -> Served:
         """Load a model directory; blocks for as long as that takes. `RequestError` when it cannot be served."""
@@ -58,6 +60,7 @@ class Loading:
                 cache_tokens=self.cache_tokens,
                 max_batch=self.limits.running,
                 cache_dtype=self.cache_dtype,
+                speculate=self.speculate,
             )
             for model in models
         ]

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field
 
-from deepwright_core.engine import CacheDtype
+from deepwright_core.engine import MAX_DRAFTS, CacheDtype
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.stage import Stage, StageContext, StageResult, write_atomically
 from deepwright_core.tasks import load_problems
@@ -34,6 +34,7 @@ class ServeConfig(Asking):
     model_name: str = Field("deepwright", min_length=1, max_length=256, description="the model's name in requests")
     cache_tokens: int = Field(65536, ge=64, description="tokens that the engine's cache holds")
     cache_dtype: CacheDtype = Field("auto", description="auto: the weights'; fp8: latents in FP8, for latent attention")
+    speculate: int = Field(0, ge=0, le=MAX_DRAFTS, description="tokens drafted in a step by MTP modules; 0: none")
     ready_seconds: float = Field(120.0, gt=0, description="time that the server has to become ready")
 
 
@@ -56,7 +57,7 @@ def run(sections: Mapping[str, Any], context: StageContext) -> StageResult:
     if not problems:
         raise RequestError(f"{held_out} holds no problem; have the prepare stage make more test problems.")
     options = ["--name", config.model_name, "--cache-tokens", str(config.cache_tokens)]
-    options += ["--cache-dtype", config.cache_dtype]
+    options += ["--cache-dtype", config.cache_dtype, "--speculate", str(config.speculate)]
     options += ["--precision", str(sections["precision"]), "--threads", str(sections["threads"])]
     context.progress.start("starting the server", 1)
     server = child.start(

@@ -5,9 +5,11 @@ from .grammar import Grammar, compile_grammar
 from .runner import CacheDtype
 from .scores import TokenScore
 from .sequence import Completion, SamplingParams, TokenEvent
+from .speculation import MAX_DRAFTS
 from .thinking import ThinkingControl
 
 __all__ = [
+    "MAX_DRAFTS",
     "CacheDtype",
     "Completion",
     "Engine",
