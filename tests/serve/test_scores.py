@@ -35,7 +35,7 @@ def test_a_chats_tokens_are_those_of_its_content(scripted: Callable[[str], Any],
     assert [t.token for t in content if t.token.startswith("bytes:")] == [
         "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes(i))
         for i in tokenizer.encode(TEXT)
-        if b"\x80" <= tokenizer.token_bytes(i)[-1:]
+        if tokenizer.token_bytes(i)[-1:] >= b"\x80"
     ]
     assert all(token.logprob == -0.5 and len(token.top_logprobs) == 3 for token in content)
     assert all(token.top_logprobs[0].token == token.token for token in content)
@@ -81,10 +81,8 @@ def test_a_harness_scores_texts(scripted: Callable[[str], Any], tokenizer: Token
     """lm-evaluation-harness, local-completions: context and continuation as ids, one token more, and nothing shown."""
     server = scripted("!")
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in ("The answer is 42.", "def 🙂")]
-    body = {
-        "model": "tiny", "prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True,
-    }  # fmt: skip
-    reply = server.client.post("/v1/completions", json=body).json()
+    asked = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    reply = server.client.post("/v1/completions", json={"model": "tiny", "prompt": prompts, **asked}).json()
     for index, prompt in enumerate(prompts):
         choice = next(c for c in reply["choices"] if c["index"] == index)
         scores, tops = choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"]

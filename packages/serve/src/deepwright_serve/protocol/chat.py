@@ -67,6 +67,8 @@ class AssistantMessage(Wire):
     reasoning: str | None = None
     tool_calls: Annotated[list[EarlierCall], Field(max_length=MAX_CALLS)] | None = None
     prefix: bool | None = None
+    # What the official client's parse() made of the content, which it sends back; the content says the same.
+    parsed: Any = None
     # What clients send back from an answer; accepted only where it says nothing.
     refusal: None = None
     annotations: list[Any] | None = Field(None, max_length=0)
