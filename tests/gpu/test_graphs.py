@@ -62,7 +62,7 @@ def test_graphs_give_the_same_tokens_and_the_same_cache(served: Transformer, cou
     with_graphs, without = (engine.generate(prompts(count), GREEDY) for engine in engines)
     assert with_graphs == without
     for a, b in zip(engines[0]._runner.cache, engines[1]._runner.cache, strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a[64:], b[64:])  # any of the paddings that write to block 0 may be the last
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(max_tokens=24, top_p=0.9, ignore_eos=True)])
