@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ class ScriptedEngine:
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats(len(self.running), 0, 0, 8, 0, 0, 0, 0, 0, 0, ())
+        nothing: dict[str, Any] = dict.fromkeys((field.name for field in fields(EngineStats)), 0)
+        return EngineStats(**(nothing | {"running": len(self.running), "cache_blocks_total": 8, "accepted_at": ()}))
 
     def step(self) -> list[TokenEvent]:
         self.gate.wait(0.05)
@@ -201,9 +203,10 @@ def serve_script(tokenizer: Tokenizer) -> Iterator[Callable[..., Running]]:
     """Serve an engine that answers with the given text; <think> and </think> in it are the real tokens."""
     with ExitStack() as stack:
 
-        def start(answer: str = "Hello, Zoë!", *, keys: list[str] | None = None, **limits: Any) -> Running:
+        def start(answer: str = "Hello, Zoë!", *, keys: list[str] | Keys | None = None, **limits: Any) -> Running:
             engine = ScriptedEngine(lambda prompt: tokenizer.encode(answer, allow_special=True), tokenizer.eos_id)
-            service = service_of(engine, tokenizer, limits=Limits(**limits), keys=None if keys is None else Keys(keys))
+            keys = Keys(keys) if isinstance(keys, list) else keys
+            service = service_of(engine, tokenizer, limits=Limits(**limits), keys=keys)
             return stack.enter_context(running(service))
 
         yield start

@@ -57,6 +57,9 @@ COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "vllm:prefix_cache_queries": ("Tokens looked up in the prefix cache.", lambda stats: stats.prompt_tokens),
     "vllm:prefix_cache_hits": ("Tokens found there.", lambda stats: stats.cached_prompt_tokens),
     "vllm:num_preemptions": ("Answers that lost their place and began again.", lambda stats: stats.preemptions),
+    "vllm:spec_decode_num_drafts": ("Drafts of an answer that were verified.", lambda stats: stats.draft_steps),
+    "vllm:spec_decode_num_draft_tokens": ("Tokens drafted.", lambda stats: stats.draft_tokens),
+    "vllm:spec_decode_num_accepted_tokens": ("Drafted tokens accepted.", lambda stats: stats.accepted_tokens),
 }
 
 
@@ -112,6 +115,15 @@ class _Engines(Collector):
             for values, stats in read:
                 counter.add_metric(values, value(stats))
             yield counter
+        accepted = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens accepted, by their place in the draft.",
+            labels=[*labels, "position"],
+        )
+        for values, stats in read:
+            for position, count in enumerate(stats.accepted_at):
+                accepted.add_metric([*values, str(position)], count)
+        yield accepted
 
 
 class Metrics:
