@@ -24,8 +24,7 @@ from deepwright_core.model.directory import save_model
 from deepwright_core.model.transformer import build_model
 from deepwright_core.tokenizer import Tokenizer
 from deepwright_core.tokenizer.bpe import BpeConfig, train
-from deepwright_serve.app import create_app
-from deepwright_serve.command import listen
+from deepwright_serve.command import listen, uvicorn_config
 from deepwright_serve.keys import Keys
 from deepwright_serve.limits import Limits
 from deepwright_serve.roster import Roster, Served
@@ -176,8 +175,7 @@ def engine_of(service: Service) -> Any:
 def running(service: Service) -> Iterator[Running]:
     """Serve on a free port from a thread of this process."""
     listener = listen("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(service), http="h11", ws="none", lifespan="on", log_config=None)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn_config(service))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     deadline = time.monotonic() + 10

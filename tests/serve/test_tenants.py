@@ -98,15 +98,15 @@ def test_reloading_keeps_what_runs_and_refuses_a_wrong_file_whole(tmp_path: Path
     alice.enter(1, 5)
     alice.knock()
     path.write_text(f"{KEY} name=alice requests-per-minute=2\n{OTHER}\n")
-    keys.reload(path)
+    keys.reload()
     assert keys.admit(f"Bearer {KEY}") is alice and alice.open == 1
     assert alice.headers()["x-ratelimit-remaining-requests"] == "1"
     path.write_text("short\n")
     with pytest.raises(RequestError):
-        keys.reload(path)
+        keys.reload()
     assert keys.admit(f"Bearer {OTHER}") is not None
     path.write_text(f"{OTHER}\n")
-    keys.reload(path)
+    keys.reload()
     assert keys.admit(f"Bearer {KEY}") is None
 
 

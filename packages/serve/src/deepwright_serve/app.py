@@ -20,6 +20,7 @@ from .chat import answer_chat
 from .completion import complete_text
 from .edge import Edge
 from .errors import add_error_objects
+from .metrics import CONTENT_TYPE
 from .openapi import BODY, METRICS, answers, body_schema, describe_bodies, describe_events, refusals
 from .protocol import (
     ChatChunk,
@@ -79,9 +80,8 @@ def create_app(service: Service) -> Edge:
         return Status()
 
     @app.get("/metrics", responses=METRICS, response_class=Response, summary="Counts and times, for Prometheus")
-    async def metrics(http: Request) -> Response:
-        body, kind = service.metrics.expose(http.headers.get("accept", ""))
-        return Response(body, headers={"content-type": kind})
+    async def metrics() -> Response:
+        return Response(service.metrics.expose(), headers={"content-type": CONTENT_TYPE})
 
     @app.get("/version", response_model=Version, responses=refusals(), summary="The version of the server")
     async def version() -> Version:

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
@@ -25,17 +26,18 @@ from typing import Any, get_args
 import click
 import torch
 import uvicorn
-from pydantic import ValidationError
 
 from deepwright_core.engine import MAX_DRAFTS, CacheDtype
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.model.directory import find_model
 from deepwright_core.stage import write_atomically
 
-from . import operator_key
+from . import logs, operator_key
 from .app import create_app
+from .connection import Connection
 from .going_live import GoingLive
 from .keys import Keys
+from .limit_options import limit_options, take_limits
 from .limits import Limits
 from .loading import CACHE_TOKENS, Loading
 from .protocol import Prices
@@ -91,6 +93,9 @@ def serve(
         )
     keys = Keys.read(api_key_file) if api_key_file is not None else None
     listener = listen(host, port)
+    if address_file is not None:
+        # A server that was killed may have left one, and nobody must be sent to it.
+        address_file.unlink(missing_ok=True)
     with listener:
         if threads:
             torch.set_num_threads(threads)
@@ -143,13 +148,27 @@ class GracefulServer(uvicorn.Server):
         self._ready = ready
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.door.draining:
+            # Told twice: what still runs is cut off now.
+            self._interrupt()
         self._service.door.draining = True
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            if self._service.door.keys is not None:
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys)
             self._ready()
+
+    def _reload_keys(self) -> None:
+        for keys in (self._service.door.keys, self._service.door.operator):
+            try:
+                if keys is not None:
+                    keys.reload()
+            except RequestError as error:
+                log.error("The keys are those of before: %s", error)
+        log.info("The key files were read again.")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let what runs finish within the limit; then tell it that it was cut off."""
@@ -164,11 +183,27 @@ class GracefulServer(uvicorn.Server):
             thread.interrupt()
 
 
+def uvicorn_config(service: Service) -> uvicorn.Config:
+    """How uvicorn is to serve a service."""
+    limits = service.limits
+    return uvicorn.Config(
+        create_app(service),
+        http=partial(Connection, limits),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=limits.connections,
+        # After ours: this one cuts connections without a word.
+        timeout_graceful_shutdown=int(limits.drain_seconds) + CUT_OFF_SECONDS,
+    )
+
+
 def run(
     service: Service, listener: socket.socket, *, address_file: Path | None = None, end_with_stdin: bool = False
 ) -> None:
     """Run a service on a listening socket until SIGTERM, Ctrl-C or (if asked for) the end of standard input."""
-    limits = service.limits
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -179,19 +214,7 @@ def run(
         names = ", ".join(served.name for served in service.roster.models())
         click.echo(f"{names} answers at {address} (chat in a browser, OpenAI clients under {address}/v1).")
 
-    config = uvicorn.Config(
-        create_app(service),
-        http="h11",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=limits.connections,
-        # After ours: this one cuts connections without a word.
-        timeout_graceful_shutdown=int(limits.drain_seconds) + CUT_OFF_SECONDS,
-    )
-    server = GracefulServer(config, service, ready)
+    server = GracefulServer(uvicorn_config(service), service, ready)
     if end_with_stdin:
         threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
     # uvicorn raises the signal again when it has shut down; having obeyed it, we end in peace.
@@ -235,7 +258,9 @@ def named_adapters(given: Sequence[str], name: str) -> dict[str, Path]:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=PORT, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option("--name", default="deepwright", show_default=True, help="The model's name in requests.")
-@click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys to accept, one a line.")
+@click.option(
+    "--api-key-file", type=click.Path(path_type=Path), help="Keys to accept, one a line; their limits behind them."
+)
 @click.option("--admin-key-file", type=click.Path(path_type=Path), help="The operator's key; made if it is not there.")
 @click.option(
     "--admin-models",
@@ -269,10 +294,14 @@ def named_adapters(given: Sequence[str], name: str) -> dict[str, Path]:
     metavar="NAME=DIR",
     help="A LoRA adapter of the model, to be answered under a name of its own; may be given several times.",
 )
-@click.option("--max-running", default=64, show_default=True, type=click.IntRange(1, 4096))
-@click.option("--max-waiting", default=256, show_default=True, type=click.IntRange(0, 65536))
-@click.option("--request-seconds", default=600.0, show_default=True, help="Deadline of a request.")
-@click.option("--drain-seconds", default=20.0, show_default=True, help="Time for running requests at the end.")
+@limit_options
+@click.option(
+    "--log-format",
+    default="text",
+    show_default=True,
+    type=click.Choice(get_args(logs.LogFormat)),
+    help="One line a request, to standard error.",
+)
 @click.option("--price-input", type=click.FloatRange(0), help="Price of a million tokens of prompts, for usage.cost.")
 @click.option("--price-cached", type=click.FloatRange(0), help="The same where the prefix cache had them.")
 @click.option("--price-output", type=click.FloatRange(0), help="Price of a million tokens of answers.")
@@ -286,22 +315,9 @@ def serve_command(
     **options: Any,
 ) -> None:
     """Serve MODEL (a model directory, or the directory of a finished stage) to OpenAI clients and browsers."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    names = {
-        "running": "max_running",
-        "waiting": "max_waiting",
-        "request_seconds": "request_seconds",
-        "drain_seconds": "drain_seconds",
-    }
+    logs.start(options.pop("log_format"))
     options["adapters"] = named_adapters(options["adapters"], options["name"])
-    values = {limit: options.pop(option) for limit, option in names.items()}
-    try:
-        limits = Limits(**values)
-    except ValidationError as error:
-        raise RequestError(
-            [f"--{names[str(e['loc'][0])].replace('_', '-')} is {e['input']}; {e['msg']}." for e in error.errors()]
-        ) from None
-    serve(model, limits=limits, prices=_prices(price_input, price_cached, price_output), **options)
+    serve(model, limits=take_limits(options), prices=_prices(price_input, price_cached, price_output), **options)
 
 
 def _prices(prompt: float | None, cached: float | None, answer: float | None) -> Prices | None:

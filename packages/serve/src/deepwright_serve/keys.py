@@ -42,23 +42,25 @@ class _Entry:
 class Keys:
     """The keys that open the server. Only their digests are kept."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(self, keys: Iterable[str], path: Path | None = None) -> None:
+        self._path = path
         self._tenants: dict[bytes, Tenant] = {}
         self._take([_entry(number, key) for number, key in enumerate(keys, 1)])
 
     @classmethod
     def read(cls, path: Path) -> Keys:
         """One key a line, with its options; empty lines and lines that begin with # are skipped."""
-        keys = cls([])
-        keys.reload(path)
+        keys = cls([], path)
+        keys.reload()
         return keys
 
-    def reload(self, path: Path) -> None:
+    def reload(self) -> None:
         """Read the file again: new keys open, missing ones do not. `RequestError`: it is wrong, nothing has changed.
 
         The holder of a key that stays keeps what runs; its allowance begins anew only if it was changed.
         """
-        self._take(_parse(path))
+        if self._path is not None:
+            self._take(_parse(self._path))
 
     def _take(self, entries: Sequence[_Entry]) -> None:
         before = self._tenants

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
 from deepwright_core.engine import EngineStats
@@ -24,6 +24,9 @@ from .pool import Engines
 
 if TYPE_CHECKING:
     from .record import AnswerRecord, RequestRecord
+
+# The one form, whatever the scraper asks for: OpenMetrics' writer turns the colon in vLLM's names into an underscore.
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 # vLLM's bounds, so that a quantile means the same here and there.
 FIRST_TOKEN_SECONDS = (
@@ -199,7 +202,6 @@ class Metrics:
         if record.error:
             self._errors.labels(record.error).inc()
 
-    def expose(self, accept: str) -> tuple[bytes, str]:
-        """All series as text, in the form that an Accept header asks for, and its content type."""
-        encode, kind = choose_encoder(accept)
-        return encode(self.registry), kind
+    def expose(self) -> bytes:
+        """All series as text, in the form `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
