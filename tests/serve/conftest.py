@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -32,6 +33,16 @@ from deepwright_serve.scheduling import EngineLike, EngineThread
 from deepwright_serve.service import Service
 
 WORDS = ["What is 17 + 25? The answer is 42.", "def add(a, b):\n    return a + b\n", "Ein Käse für Zoë, 你好 🙂"]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """The command sends the log to the standard error of the moment, which a test's capture closes afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

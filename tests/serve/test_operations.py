@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,19 +126,15 @@ def test_metrics_need_the_key_and_keep_their_names(serve_script: Callable[..., A
 
 
 @pytest.fixture
-def log_lines() -> Iterator[Callable[[str], Callable[[], list[str]]]]:
+def log_lines() -> Callable[[str], Callable[[], list[str]]]:
     """Starts the log in a form, into memory."""
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
 
     def begin(form: Any) -> Callable[[], list[str]]:
         stream = io.StringIO()
         logs.start(form, stream)
         return lambda: stream.getvalue().splitlines()
 
-    yield begin
-    root.handlers[:] = before
-    root.setLevel(level)
+    return begin
 
 
 def test_a_request_is_one_json_line_without_text_or_key(
