@@ -57,7 +57,7 @@ def steps(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     gpu = chosen.device.startswith("cuda")
     prompt = chosen.prompt or (1024 if gpu else 64)
     shape = MODELS[chosen.model or ("lite12" if gpu else "demo")]
-    config = ModelConfig(**shape, mtp={"depth": 1})
+    config = ModelConfig(**shape)
     dtype = torch.bfloat16 if gpu else torch.float32
     model = random_model(installed().registry, config, torch.device(chosen.device), dtype)
     print(f"{'batch':>6} {'drafts':>7} {'ms a step':>10} {'x plain':>8} {'break-even':>11} {'accepted':>9}")

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deepwright_core.engine import Engine, SamplingParams
+from deepwright_core.engine.runner import ModelRunner
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.model.cache import CacheBatch
 
@@ -139,6 +140,14 @@ SHAPES = {
 }
 
 
+@pytest.fixture(params=["in turn", "ahead"])
+def _pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is started before the one before has been read, as on a GPU, or not."""
+    if request.param == "ahead":
+        monkeypatch.setattr(ModelRunner, "runs_ahead", True)
+
+
+@pytest.mark.usefixtures("_pace")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_output_is_that_of_naive_decoding(shape: str) -> None:
     engine = Engine(MODEL, EOS, **SHAPES[shape])
@@ -172,6 +181,7 @@ def test_log_probabilities_are_the_models() -> None:
         torch.testing.assert_close(torch.tensor(completion.logprobs), want, atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("_pace")
 def test_sampled_tokens_do_not_depend_on_the_company() -> None:
     params = [SamplingParams(max_tokens=12, temperature=t, seed=i) for i, t in enumerate([0, 0.5, 1, 1, 2] * 2)]
     want = [Engine(MODEL, EOS).generate([p], [q])[0].token_ids for p, q in zip(PROMPTS, params, strict=True)]
@@ -287,6 +297,7 @@ def test_impossible_requests_are_refused_with_numbers() -> None:
         engine.generate([[1]], GREEDY)
 
 
+@pytest.mark.usefixtures("_pace")
 def test_generate_reports_progress_and_leaves_nothing_behind_when_it_is_interrupted() -> None:
     engine = Engine(MODEL, EOS, block_size=4)
     seen: list[tuple[int, int]] = []
@@ -304,6 +315,7 @@ def test_generate_reports_progress_and_leaves_nothing_behind_when_it_is_interrup
     assert engine.generate([], GREEDY) == []
 
 
+@pytest.mark.usefixtures("_pace")
 def test_a_failed_step_is_done_again_from_a_clean_cache() -> None:
     model = PlainModel().double()
     engine = Engine(model, EOS, block_size=4, max_prefill_tokens=20)
@@ -330,6 +342,7 @@ def test_broken_weights_are_an_error_that_names_the_requests() -> None:
     assert not engine.has_work
 
 
+@pytest.mark.usefixtures("_pace")
 def test_new_weights_forget_the_old_cache_even_under_way() -> None:
     model = PlainModel(seed=1).double()
     engine = Engine(model, EOS, block_size=4)
@@ -356,8 +369,9 @@ def test_the_model_generates_in_evaluation_mode_and_keeps_its_own() -> None:
     assert model.training
 
 
+@pytest.mark.usefixtures("_pace")
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_order_of_arrivals_cancellations_and_steps(data: st.DataObject) -> None:
     """Prefix cache, chunks, preemption and cancellation at once: what is not cancelled is right, and nothing leaks."""
     engine = Engine(

@@ -23,7 +23,7 @@ import torch
 from ..errors import RequestError, WorkError
 from .adapters import Adapters
 from .block_manager import BlockManager
-from .runner import CacheDtype, GenerationModel, GraphsOption, ModelRunner
+from .runner import CacheDtype, GenerationModel, GraphsOption, ModelRunner, RunningStep
 from .scheduler import Scheduler
 from .sequence import Completion, SamplingParams, Sequence, TokenEvent
 from .speculation import modules_used
@@ -130,6 +130,7 @@ class Engine:
         )
         self._sequences: dict[int, Sequence] = {}  # unfinished
         self._cancelled: list[TokenEvent] = []  # to be told by the next step
+        self._ahead: RunningStep | None = None  # started by the step before
         self._next_id = 0
         self._generation_tokens = 0
 
@@ -168,6 +169,8 @@ class Engine:
         if sequence is None:
             return False
         self._scheduler.cancel(request_id)
+        if not self._sequences:
+            self._ahead = None  # it was for those that are gone
         self._cancelled.append(TokenEvent(request_id, None, 0.0, "cancelled", sequence.cached_tokens))
         return True
 
@@ -178,14 +181,22 @@ class Engine:
         caller tries again or cancels.
         """
         with torch.inference_mode(), self._evaluating():
-            plan = self._scheduler.plan()
+            step = self._ahead
+            self._ahead = None
             try:
-                drawn = self._runner.run(plan)
+                if step is None:
+                    step = self._runner.start(self._scheduler.plan())
+                plan = step.plan
+                further = self._scheduler.plan_ahead(plan) if self._runner.runs_ahead else None
+                if further is not None:
+                    self._ahead = self._runner.start(further)
+                drawn = step.finish()
                 if not math.isfinite(sum(token.logprob for row in drawn for token in row)):
                     sums = [sum(token.logprob for token in row) for row in drawn]
                     broken = [s.request_id for s, p in zip(plan.rows, sums, strict=True) if not math.isfinite(p)]
                     raise WorkError(f"The model's logits for requests {broken} are not finite; check its weights.")
             except BaseException:
+                self._ahead = None
                 self._scheduler.abandon_step()
                 raise
         events = self._scheduler.commit(plan, drawn)
@@ -193,6 +204,8 @@ class Engine:
         for event in events:
             if event.finish_reason:
                 del self._sequences[event.request_id]
+        if not self._sequences:
+            self._ahead = None  # it was for those that are gone
         if self._cancelled:
             events = self._cancelled + events
             self._cancelled = []
@@ -230,6 +243,7 @@ class Engine:
         if self._adapters:
             names = ", ".join(self._adapters.names)
             raise RequestError(f"The weights changed under the adapters {names}, which belong to those before.")
+        self._ahead = None
         self._scheduler.new_weights()
         self._runner.weights_changed()
 

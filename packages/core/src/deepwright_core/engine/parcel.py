@@ -12,19 +12,34 @@ class Parcel:
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
+        self._wide: list[Tensor] = []
+        self._flat = torch.empty(0, dtype=torch.int64)
+        self._arrival: torch.cuda.Event | None = None
 
     def add(self, tensor: Tensor) -> int:
         """Put a tensor in; returns where `open` has it."""
         self._tensors.append(tensor)
         return len(self._tensors) - 1
 
-    def open(self) -> list[np.ndarray]:
-        """What was put in, as int64 or float64."""
-        wide = [tensor.double() if tensor.is_floating_point() else tensor.long() for tensor in self._tensors]
+    def send(self) -> None:
+        """Start the copy. What is asked of the device from now on does not delay it."""
+        self._wide = [tensor.double() if tensor.is_floating_point() else tensor.long() for tensor in self._tensors]
         # The bits of the float64 travel as int64.
-        flat = torch.cat([tensor.contiguous().view(torch.int64).flatten() for tensor in wide]).cpu().numpy()
+        flat = torch.cat([tensor.contiguous().view(torch.int64).flatten() for tensor in self._wide])
+        self._flat = flat
+        if flat.is_cuda:
+            self._flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._flat.copy_(flat, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def open(self) -> list[np.ndarray]:
+        """Wait for what was put in: int64 or float64."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        flat = self._flat.numpy()
         arrays, start = [], 0
-        for tensor in wide:
+        for tensor in self._wide:
             part = flat[start : start + tensor.numel()].reshape(tensor.shape)
             arrays.append(part.view(np.float64) if tensor.is_floating_point() else part)
             start += tensor.numel()

@@ -112,6 +112,22 @@ def grouped(chunks: Ordered[Chunk]) -> list[list[Chunk]]:
     return groups
 
 
+class RunningStep:
+    """A step that the device works on."""
+
+    def __init__(self, plan: Plan, parcel: Parcel, prompts: PromptScores, read: Reader | None) -> None:
+        self.plan = plan
+        self._parcel, self._prompts, self._read = parcel, prompts, read
+
+    def finish(self) -> list[list[Drawn]]:
+        """Wait for it; the tokens drawn for each of `plan.rows`."""
+        if self._read is None and not self._prompts:
+            return []
+        arrays = self._parcel.open()
+        self._prompts.arrive(arrays)
+        return [] if self._read is None else self._read(arrays)
+
+
 class ModelRunner:
     """The model, its cache, and the rows of the decoding sequences."""
 
@@ -170,17 +186,22 @@ class ModelRunner:
                 block_size=block_size,
             )
 
-    def run(self, plan: Plan) -> list[list[Drawn]]:
-        """Do the step; returns the tokens drawn for each of `plan.rows`."""
+    def start(self, plan: Plan) -> RunningStep:
+        """Ask the device for a step. It goes on while the host does other things, the next step's start included."""
         self._align(plan)
         parcel = Parcel()
         prompts = PromptScores(self._prompt_logits, self.model.config.vocab_size, parcel)
         read = (self._run_plainly if self._speculation is None else self._run_speculatively)(plan, parcel, prompts)
-        if read is None and not prompts:
-            return []
-        arrays = parcel.open()
-        prompts.arrive(arrays)
-        return [] if read is None else read(arrays)
+        if read is not None or prompts:
+            parcel.send()
+        return RunningStep(plan, parcel, prompts, read)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step can be started before the host knows what the one before drew: the device has that in its
+        rows. Not so where the host has a say in what comes next, or in how many tokens came."""
+        on_gpu = self.device.type == "cuda"
+        return on_gpu and self._speculation is None and not (self._any_controlled or self._any_scored)
 
     def weights_changed(self) -> None:
         """The model's parameters were written to; where they lie elsewhere than before, graphs are captured anew."""

@@ -108,10 +108,32 @@ class Scheduler:
         plan.rows = plan.decode + plan.joined
         return plan
 
+    def plan_ahead(self, plan: Plan) -> Plan | None:
+        """The step behind `plan`, before anybody knows what that draws: its rows once more.
+
+        None where more than that may be due: someone waits, prefills, reaches its limit, or there is no block left.
+        Who ends with the token that is not known yet is in the step all the same; `commit` passes it over.
+        """
+        rows = [sequence for sequence in plan.rows if sequence.request_id in self.admitted]
+        if self.waiting or not rows or len(rows) < len(self.admitted):
+            return None
+        if any(len(sequence.tokens) + 1 >= sequence.limit for sequence in rows):
+            return None
+        growing = [s for s in rows if len(s.tokens) + 1 > len(s.blocks) * self.block_size]
+        if self.manager.available < len(growing):
+            return None
+        grown = [(sequence, len(sequence.blocks)) for sequence in growing]
+        for sequence, block in zip(growing, self.manager.allocate(len(growing)), strict=True):
+            sequence.blocks.append(block)
+        ahead = Plan(rows, grown)
+        ahead.rows = rows
+        return ahead
+
     def commit(self, plan: Plan, drawn: list[list[Drawn]]) -> list[TokenEvent]:
         """Append the tokens drawn for each of `plan.rows`, and let go of the sequences that they finish.
 
-        A row may have drawn several; those behind the one that ends its sequence are dropped.
+        A row may have drawn several; those behind the one that ends its sequence are dropped. So is what was drawn for
+        a sequence that ended, or was cancelled, after the step had been planned.
         """
         events = []
         rows = plan.rows
@@ -122,6 +144,9 @@ class Scheduler:
             for place in range(len(tokens) - 1):
                 self.accepted_at[place] += 1
         for sequence, tokens in zip(rows, drawn, strict=True):
+            if sequence.request_id not in self.admitted:
+                ended = True
+                continue
             for token in tokens:
                 reason = sequence.append(token)
                 events.append(
