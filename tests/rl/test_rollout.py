@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,26 @@ def test_the_end_token_is_trained_and_padding_is_not_even_if_they_are_the_same_i
     targets = batch.tokens_BS1[:, 1:]
     assert [targets[row][batch.mask_BS[row]].tolist() for row in range(2)] == [[7, end], [7, 7, 7, end]]
     assert batch.mask_BS.sum(1).tolist() == [2, 4]
+
+
+def test_tokens_that_no_policy_drew_leave_the_mask_and_take_their_log_probabilities_along(registry: Any) -> None:
+    batch = pad([[5, 6], [8]], [[1, 2, 3], [3, 4]], pad_id=0, forced=[[False, True, False], []])
+    assert batch.mask_BS.int().tolist() == [[0, 1, 0, 1], [1, 1, 0, 0]]
+    plain = completion("1")
+    held = replace(plain, forced=[True] + [False] * (len(plain.token_ids) - 1))
+    rollouts = roll_out(
+        Scripted([held, plain]),
+        TOKENIZER,
+        PROBLEMS[:1],
+        exact,
+        build_rewards(registry, {"right": {"name": "correctness", "weight": 1.0}}),
+        group_size=2,
+        temperature=1.0,
+        max_tokens=9,
+        seed=0,
+    )
+    assert rollouts.forced == [held.forced, []]
+    assert rollouts.sampler_logps == [held.logprobs[1:], plain.logprobs]
 
 
 class Scripted:

@@ -90,7 +90,12 @@ def reinforce(
         plan.append([members[m : m + micro_batch] for m in range(0, len(members), micro_batch)])
 
     def padded(members: list[int]) -> ScoredTokens:
-        batch = pad([rollouts.prompts[n] for n in members], [rollouts.samples[n].token_ids for n in members], pad_id)
+        batch = pad(
+            [rollouts.prompts[n] for n in members],
+            [rollouts.samples[n].token_ids for n in members],
+            pad_id,
+            [rollouts.forced[n] for n in members] if rollouts.forced else None,
+        )
         return ScoredTokens(batch.tokens_BS1.to(device), batch.mask_BS.to(device), batch.real_BS.to(device))
 
     batches = [[padded(members) for members in minibatch] for minibatch in plan]

@@ -84,9 +84,11 @@ class StepControls:
                 frequency_P=self._floats([p.frequency_penalty for p in params]),
             )
         if self._added:
-            rows, tokens, values = zip(*self._added, strict=True)
-            places = (self._tensor([row * stride for row in rows]), self._tensor(tokens))
-            logits_XV.index_put_(places, self._floats(values), accumulate=True)
+            places = (
+                self._tensor([row * stride for row, _, _ in self._added]),
+                self._tensor([token for _, token, _ in self._added]),
+            )
+            logits_XV.index_put_(places, self._floats([value for _, _, value in self._added]), accumulate=True)
         if self._masks:
             rows = self._tensor([row * stride for row, _ in self._masks])
             logits_XV[rows] = logits_XV[rows].masked_fill(~self._allowed(), -torch.inf)
@@ -100,17 +102,16 @@ class StepControls:
         forced_B = torch.zeros_like(token_B, dtype=torch.bool)
         token_B = token_B.clone()
         if self._replaced:
-            rows, instead, replaced = zip(*self._replaced, strict=True)
+            asking, instead, replaced = zip(*self._replaced, strict=True)
             widest = max(map(len, replaced))
-            rows_R = self._tensor(rows)
+            rows_R = self._tensor(asking)
             ends_RE = self._tensor([[*ends, *[-1] * (widest - len(ends))] for ends in replaced])
             hit_R = (token_B[rows_R, None] == ends_RE).any(1)
             token_B[rows_R] = torch.where(hit_R, self._tensor(instead), token_B[rows_R])
             forced_B[rows_R] = hit_R
         if self._forced:
-            rows, tokens = zip(*self._forced, strict=True)
-            rows_R = self._tensor(rows)
-            token_B[rows_R] = self._tensor(tokens)
+            rows_R = self._tensor([row for row, _ in self._forced])
+            token_B[rows_R] = self._tensor([token for _, token in self._forced])
             forced_B[rows_R] = True
         return token_B, logprob_B.masked_fill(forced_B, 0.0), forced_B
 

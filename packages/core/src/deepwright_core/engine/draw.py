@@ -52,6 +52,6 @@ class Draw:
         drawn = [[first] for first in firsts]
         if self._accepted is not None:
             further = zip(drawn, arrays[self._accepted].tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
-            for row, accepted, ids, values in further:
-                row += map(Drawn, ids[1 : accepted + 1], values[1 : accepted + 1])
+            for new, accepted, ids, values in further:
+                new += map(Drawn, ids[1 : accepted + 1], values[1 : accepted + 1])
         return drawn

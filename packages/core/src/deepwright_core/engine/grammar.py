@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -262,7 +262,7 @@ class _Vocabulary:
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, tokenizer: Tokenizer, tokens: dict[int, bytes]) -> None:
+    def __init__(self, tokenizer: Tokenizer, tokens: Mapping[int, bytes]) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id = tokenizer.vocab_size
         special = {control.id for control in tokenizer.control.values()}

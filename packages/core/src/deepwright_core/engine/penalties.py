@@ -79,7 +79,8 @@ class TokenCounts:
         """Give rows to sequences and mark what their prompts hold."""
         while len(self._free) < len(sequences):
             self._grow()
-        rows, tokens = [], []
+        rows: list[int] = []
+        tokens: list[int] = []
         for sequence in sequences:
             row = self._places[sequence.request_id] = self._free.pop()
             self._counted[sequence.request_id] = sequence.prompt_length

@@ -14,10 +14,10 @@ from ..errors import RequestError
 
 
 class ThinkingState(NamedTuple):
-    """inside: of thinking. count: thinking tokens so far. queue: tokens to be forced next."""
+    """inside: of thinking. thoughts: its tokens so far. queue: tokens to be forced next."""
 
     inside: bool
-    count: int = 0
+    thoughts: int = 0
     queue: tuple[int, ...] = ()
 
 
@@ -76,26 +76,26 @@ class ThinkingControl:
 
     def after(self, state: ThinkingState, token: int, forced: bool) -> ThinkingState:
         """The state behind a token. forced: it was not drawn: it is the queue's, or replaced a drawn end."""
-        inside, count, queue = state
+        inside, thoughts, queue = state
         if not inside:
-            return self._bounded(ThinkingState(True, count)) if token == self.start_id else state
+            return self._bounded(ThinkingState(True, thoughts)) if token == self.start_id else state
         if token == self.end_id:
-            return ThinkingState(False, count)
+            return ThinkingState(False, thoughts)
         if self._closes(queue):
-            return ThinkingState(True, count, queue[1:])
+            return ThinkingState(True, thoughts, queue[1:])
         if queue:
             queue = queue[1:]
         elif forced:
             queue = self.continuation[1:]
-        return self._bounded(ThinkingState(True, count + 1, queue))
+        return self._bounded(ThinkingState(True, thoughts + 1, queue))
 
     def too_early(self, state: ThinkingState) -> bool:
         """Whether neither thinking nor the text may end yet."""
-        return state.inside and not state.queue and state.count < self.least
+        return state.inside and not state.queue and state.thoughts < self.least
 
     def spent(self, state: ThinkingState) -> bool:
         """Whether no thinking token is left."""
-        return self.budget is not None and state.count >= self.budget
+        return self.budget is not None and state.thoughts >= self.budget
 
     def _bounded(self, state: ThinkingState) -> ThinkingState:
         """With the end in the queue when the budget is spent."""
