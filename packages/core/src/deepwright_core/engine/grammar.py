@@ -5,9 +5,9 @@ are needed, and says for every place of an answer which tokens of the vocabulary
 3 MB without dependencies, which is why it was preferred to xgrammar (torch, triton, transformers and a runtime of its
 own); the two know about the same JSON schemas.
 
-A schema or an expression of a stranger's may be written to be expensive. Its size and depth are bounded here; what
-compiling and each step may cost is bounded by the library, which counts (`LIMITS`): compiling ends within about a
-second and holds no lock of Python's meanwhile, a step within some tens of milliseconds.
+A schema or an expression of a stranger's may be written to be expensive. Its size, its depth and its repetitions are
+bounded here; what compiling and each step may cost is bounded by the library, which counts (`LIMITS`): compiling ends
+within about a second and holds no lock of Python's meanwhile, a step within some tens of milliseconds.
 Left out: tokenizers whose tokens do not stand for bytes (WordPiece).
 
 Shapes: W words of 32 tokens each, in which bit t % 32 of word t // 32 says whether token t may come next.
@@ -16,9 +16,10 @@ Shapes: W words of 32 tokens each, in which bit t % 32 of word t // 32 says whet
 from __future__ import annotations
 
 import json
+import re
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -34,6 +35,9 @@ GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 MAX_SOURCE_BYTES = 65_536
 MAX_DEPTH = 64
 MAX_CHOICES = 1024
+MAX_EXPANDED = 20_000
+"""Pieces of an expression with its counted repetitions written out; the library does not count those. A step over so
+many takes about 50 ms, over a million more than a second."""
 WORD_BITS = 32
 
 # Without an end, white space is where an unsure model stays for ever: one space, or one line end with its indentation.
@@ -67,6 +71,11 @@ class GrammarState:
     def stuck(self) -> bool:
         """Whether no token can follow: the text is complete (`accepting`), or a limit of the library was reached."""
         return not self.allowed_W.any()
+
+    @property
+    def reason(self) -> str:
+        """Why it is stuck without being complete, in the library's words."""
+        return _reason(self._matcher)
 
     def advance(self, token: int) -> None:
         """Go on behind a token that was allowed."""
@@ -106,7 +115,7 @@ class Grammar:
     _matcher: Any
 
     def start(self) -> GrammarState:
-        """The state of an answer that has no token yet."""
+        """The state of an answer that has no token yet. It may be stuck, when others before it used up a limit."""
         return GrammarState(self._matcher.deep_copy(), self.vocabulary)
 
 
@@ -131,10 +140,11 @@ def compile_grammar(tokenizer: Tokenizer, kind: GrammarKind, source: Any = None)
     if matcher.is_error():
         raise RequestError(f"{_subject(kind)} cannot be used: {_reason(matcher)}.")
     grammar = Grammar(kind, tokenizer.vocab_size, matcher)
-    # What is too much for a step shows at the first one, here instead of in everybody's.
-    first = grammar.start()
-    if first.stuck:
-        raise RequestError(f"{_subject(kind)} cannot be used: {_reason(first._matcher)}.")
+    # What is too much for a step shows at the first ones, here instead of in everybody's. States share what the library
+    # has worked out, and its count goes on from one to the next.
+    for state in (grammar.start(), grammar.start()):
+        if state.stuck:
+            raise RequestError(f"{_subject(kind)} cannot be used: {state.reason}.")
     return grammar
 
 
@@ -155,6 +165,8 @@ def _text(library: Any, kind: GrammarKind, source: Any) -> str:
         raise RequestError(f"{_subject(kind)} is {_shown(source)}; expected a text of at least one character.")
     _bound_size(kind, source)
     _bound_depth(kind, _deepest(source))
+    if kind == "regex":
+        _bound_repetitions(kind, source)
     return str(library.grammar_from_regex(source) if kind == "regex" else library.grammar_from_lark(source))
 
 
@@ -178,7 +190,23 @@ def _schema(source: Any) -> str:
         raise RequestError(f"The JSON schema cannot be written as JSON: {error}.") from error
     _bound_size("json_schema", text)
     _bound_depth("json_schema", _deepest(text))
+    for pattern in _patterns(source):
+        _bound_repetitions("json_schema", pattern)
     return text
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    """The expressions in a schema."""
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _patterns(part)
+    elif isinstance(schema, dict):
+        for key, value in schema.items():
+            if key == "pattern" and isinstance(value, str):
+                yield value
+            elif key == "patternProperties" and isinstance(value, dict):
+                yield from value
+            yield from _patterns(value)
 
 
 def _choices(source: Any) -> list[str]:
@@ -215,6 +243,40 @@ def _deepest(text: str) -> int:
         elif character in ")]}":
             depth = max(depth - 1, 0)
     return deepest
+
+
+def _bound_repetitions(kind: GrammarKind, expression: str) -> None:
+    size = _expanded(expression)
+    if size > MAX_EXPANDED:
+        raise RequestError(
+            f"{_subject(kind)} has repetitions that come to {size} pieces when they are written out; expected at most "
+            f"{MAX_EXPANDED}."
+        )
+
+
+PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
+"""An escape, a class of characters, a counted repetition, or any other character."""
+
+
+def _expanded(expression: str) -> int:
+    """About how many pieces an expression has when what `{n}` and `{m,n}` repeat is written out so often."""
+    sizes, last = [0], [0]  # of each open group: its pieces so far, and those of its last part
+    for piece in PIECES.finditer(expression):
+        if piece[0] == "(":
+            sizes.append(0)
+            last.append(0)
+        elif piece[0] == ")" and len(sizes) > 1:
+            sizes[-2] += sizes[-1]
+            last.pop()
+            last[-1] = sizes.pop()
+        elif piece[1] is not None:
+            times = max(int(piece[1]), int(piece[2] or 0))
+            sizes[-1] += last[-1] * (times - 1)
+            last[-1] *= times
+        else:
+            sizes[-1] += 1
+            last[-1] = 1
+    return sum(sizes)
 
 
 def _subject(kind: GrammarKind) -> str:

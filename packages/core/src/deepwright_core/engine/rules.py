@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from ..errors import RequestError
 from .grammar import set_bits
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ FREE = Bounds()
 
 
 class Rules:
-    """The rules of an answer and where it stands in them. It sees each of its tokens once, in order."""
+    """The rules of an answer and where it stands in them. It sees each of its tokens once, in order.
+
+    `RequestError` when no answer can begin as its grammar says.
+    """
 
     def __init__(self, params: SamplingParams, stop_ids: frozenset[int]) -> None:
         self._stop_ids = stop_ids
@@ -42,6 +46,8 @@ class Rules:
         self._control = params.thinking
         self._thinking = params.thinking.start() if params.thinking is not None else None
         self._grammar = params.grammar.start() if params.grammar is not None else None
+        if self._grammar is not None and self._grammar.stuck:
+            raise RequestError(f"The grammar cannot be used: {self._grammar.reason}.")
 
     def bounds(self) -> Bounds:
         """Of the next draw."""
