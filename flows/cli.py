@@ -21,7 +21,8 @@ from . import threads
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module:attribute, one line for --help)
     "run": ("flows.run_command:run", "Run the pipeline or a stage of it."),
-    "serve": ("deepwright_serve.command:serve_command", "Serve a model over HTTP, with a chat page."),
+    "serve": ("flows.serve_command:serve", "Serve a model over HTTP, with a chat page."),
+    "promote": ("flows.promote_command:promote", "Let a version go live, if it is good enough."),
     "convert": ("flows.convert_command:convert", "Models in from other programs, and out to them."),
     "model": ("flows.model_command:model", "What a model is made of and what it costs."),
     "plugins": ("flows.plugins_command:plugins", "What is installed, from where, and what failed to load."),
@@ -39,6 +40,8 @@ Examples:
   deepwright run rl rl.lr=1e-4                    only what changed, and what depends on it, runs again
   deepwright run pretrain -m optimizer=adamw,muon one run for each
   deepwright run pretrain --cfg                   show the configuration and stop
+  deepwright serve deepwright@champion            the server and its chat page
+  deepwright promote deepwright@candidate         the latest model in its place, if it is as good
   deepwright plugins                              what can be chosen, and who provides it
   deepwright up                                   the pages in the browser
 """

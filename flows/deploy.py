@@ -12,10 +12,14 @@ import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deepwright_core.errors import RequestError
+
+if TYPE_CHECKING:
+    from prefect.flows import Flow
 
 DEPLOYMENT = "local"
 POLL_SECONDS = 2
@@ -55,16 +59,15 @@ def deploy(root: str) -> None:
         click.echo(f"New: {', '.join(sorted(new))}; the worker starts again to wait for them.")
 
 
-def _flows() -> list[str]:
+def _flows() -> dict[str, Flow[..., Any]]:
     from .pipeline import FLOWS
+    from .promote_flow import promote
 
-    return list(FLOWS)
+    return {**FLOWS, promote.name: promote}
 
 
 def _deployments() -> list[object]:
     from prefect.deployments.runner import EntrypointType
-
-    from .pipeline import FLOWS
 
     return [
         flow.to_deployment(
@@ -73,7 +76,7 @@ def _deployments() -> list[object]:
             description=flow.description,
             tags=["deepwright"],
         )
-        for flow in FLOWS.values()
+        for flow in _flows().values()
     ]
 
 
@@ -135,8 +138,6 @@ def serve(ready: Path) -> None:
 async def _wait_for_runs(ready: Path) -> None:
     from prefect.runner import Runner
 
-    from .pipeline import FLOWS
-
     runner = Runner(
         name="deepwright",
         query_seconds=POLL_SECONDS,
@@ -147,7 +148,7 @@ async def _wait_for_runs(ready: Path) -> None:
     )
     for deployment in _deployments():
         await runner.aadd_deployment(await deployment)  # type: ignore[misc]
-    ready.write_text(" ".join(FLOWS))
+    ready.write_text(" ".join(_flows()))
     await runner.start()
 
 

@@ -1,8 +1,9 @@
 """`init`: a model directory takes the place of a model section, and of the stages that would have made such a model.
 
-`model.init=DIR` (or `distill.student.init=DIR`) names a directory. The section then says what the directory's
-config.json says, so that checks, `--cfg` and the saved configuration speak of the model that is used. What a recipe
-says of the model is replaced; what the command line says beside it contradicts, and is refused.
+`model.init=DIR` (or `distill.student.init=DIR`) names a directory, or, as everywhere, a run id or a registered model
+(`model.init=deepwright@candidate`); the saved configuration names the directory. The section then says what the
+directory's config.json says, so that checks, `--cfg` and the saved configuration speak of the model that is used. What
+a recipe says of the model is replaced; what the command line says beside it contradicts, and is refused.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 from deepwright_core.errors import RequestError
 from deepwright_core.finetune.start import read_start
 from deepwright_core.model.config import ModelConfig
-from deepwright_core.model.directory import find_model
 from deepwright_core.registry import Registry
 
+from .model_source import find_at
 from .override_problems import key_of
 
 MODEL = "model"
@@ -47,10 +48,10 @@ def resolve(
         if not init:
             continue
         if not isinstance(init, str):
-            problems.append(f"{place}.{INIT} is {init!r}; expected the path of a model directory.")
+            problems.append(f"{place}.{INIT} is {init!r}; expected a model directory, a run id or a registered model.")
             continue
         try:
-            directory = find_model(Path(init).expanduser().absolute())
+            directory = find_at(init, *_tracker(composed)).directory.absolute()
             config = read_start(directory, registry)
         except RequestError as error:
             problems += [f"{place}.{INIT}: {problem}" for problem in error.problems]
@@ -59,6 +60,12 @@ def resolve(
         problems += _changed(section, said, place, directory) if saved else _refused(overrides, section, said, place)
         resolved = _with(resolved, place.split("."), {INIT: str(directory), **said})
     return resolved, problems
+
+
+def _tracker(composed: Mapping[str, Any]) -> tuple[Path, str]:
+    """Where runs are remembered, from a configuration that nobody has checked yet."""
+    root, uri = _at(composed, "paths.root"), _at(composed, "tracking.uri")
+    return Path(str(root or "runs")).expanduser().resolve(), str(uri or "")
 
 
 def given_model(sections: Mapping[str, Any]) -> Path | None:

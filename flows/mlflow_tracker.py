@@ -55,16 +55,21 @@ def database_uri(root: Path) -> str:
 
 
 def client_for(request: Request) -> MlflowClient:
-    """A client of the configured server, or of the database below the root."""
-    environment.apply(request.root)
-    (request.root / "mlflow").mkdir(parents=True, exist_ok=True)
+    """A client of what a request is remembered by."""
+    return client_at(request.root, request.tracking.uri)
+
+
+def client_at(root: Path, uri: str) -> MlflowClient:
+    """A client of the server at `uri`, or of the database below the root."""
+    environment.apply(root)
+    (root / "mlflow").mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic", "sqlalchemy"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    uri = request.tracking.uri or database_uri(request.root)
+    uri = uri or database_uri(root)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -7,6 +7,8 @@ name is `deepwright@champion` or `deepwright/3`, with or without `models:/` befo
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from deepwright_core.model.directory import find_model
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
     from deepwright_core.plugins import Plugins
 
@@ -24,11 +27,36 @@ DIRECTORY_TAG, STAGE_TAG, PARENT_TAG = "deepwright.directory", "deepwright.stage
 REUSED_TAG = "deepwright.reused."
 
 
+@dataclass(frozen=True)
+class Source:
+    """The model directory that a name means; for a registered name also which model and version it is, and its tags."""
+
+    directory: Path
+    name: str = ""
+    version: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
 def locate(source: str, plugins: Plugins) -> Path:
     """The model directory that `source` means; `RequestError` when there is none."""
+    return find(source, plugins).directory
+
+
+def find(source: str, plugins: Plugins) -> Source:
+    """What `source` means where runs are remembered by default; `RequestError` when it means nothing."""
+    if Path(source).expanduser().exists():
+        return find_at(source, Path(), "")
+    from . import request
+
+    asked = request.make(request.PIPELINE, [], plugins)
+    return find_at(source, asked.root, asked.tracking.uri)
+
+
+def find_at(source: str, root: Path, uri: str) -> Source:
+    """What `source` means to the tracker at `uri`, or to the one of the runs below `root` when that is empty."""
     path = Path(source).expanduser()
     if path.exists():
-        return find_model(path)
+        return Source(find_model(path))
     registered = REGISTERED.fullmatch(source)
     if RUN_ID.fullmatch(source) is None and registered is None:
         raise RequestError(
@@ -37,26 +65,29 @@ def locate(source: str, plugins: Plugins) -> Path:
         )
     from mlflow.exceptions import MlflowException
 
-    from . import mlflow_tracker, request
+    from . import mlflow_tracker
 
-    client = mlflow_tracker.client_for(request.make(request.PIPELINE, [], plugins))
+    client = mlflow_tracker.client_at(root, uri)
     try:
-        run_id = source if registered is None else _registered_run(client, registered)
+        version = None if registered is None else _version(client, registered)
+        run_id = source if version is None else str(version.run_id)
         directories = _directories(client, run_id)
     except MlflowException as error:
-        raise RequestError(f"'{source}' is not known to the tracker: {str(error).splitlines()[0]}.") from None
+        raise RequestError(
+            f"'{source}' is not known to the tracker: {str(error).splitlines()[0].rstrip('.')}."
+        ) from None
     for directory in directories:
         try:
-            return find_model(directory)
+            found = find_model(directory)
         except RequestError:
             continue
+        return Source(found) if version is None else Source(found, version.name, str(version.version), version.tags)
     raise RequestError(f"The run '{source}' left no model that is still on the disk (looked in its directories).")
 
 
-def _registered_run(client: MlflowClient, registered: re.Match[str]) -> str:
+def _version(client: MlflowClient, registered: re.Match[str]) -> ModelVersion:
     name, alias, version = registered["name"], registered["alias"], registered["version"]
-    found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
-    return str(found.run_id)
+    return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
 
 
 def _directories(client: MlflowClient, run_id: str) -> list[Path]:

@@ -114,7 +114,7 @@ def pipeline(
         ffn: The feed-forward part: dense or a mixture of experts. Empty: as configured.
         algorithm: How reinforcement learning goes about it. Empty: as configured.
         finetune: What trains in sft and rl: every weight, or adapters. Empty: as configured.
-        init: A model directory to start from, in place of training one. Empty: as configured.
+        init: A model to start from: a directory, a run id, or deepwright@champion. Empty: as configured.
         config_file: A resolved configuration to run again, in place of everything above.
     """
     return run_target(

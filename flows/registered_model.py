@@ -1,15 +1,19 @@
 """The finished model in MLflow's registry, with its lineage: a version under `tracking.registered_model`.
 
 The version is an ordinary MLflow model whose code is `registered_model_code.py` and whose weights are safetensors;
-`mlflow.pyfunc.load_model("models:/deepwright@champion")` loads it. A model that is
+`mlflow.pyfunc.load_model("models:/deepwright@champion")` loads it, `mlflow models serve` serves it. A model that is
 registered already only gets the alias.
+
+`candidate` is what the latest run made, `champion` what is live, `previous` what was live before. A run moves the
+first; the others move when a version has proved itself (see `promotion`). The very first version is all that there is
+and becomes champion at once.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
     from .runner import Outcome
 
-ALIAS = "champion"
+CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 CODE = Path(__file__).with_name("registered_model_code.py")
 FOLDER = "registered_model"
 
@@ -38,7 +42,7 @@ def register(client: MlflowClient, request: Request, outcomes: Sequence[Outcome]
         client.create_registered_model(name, description="Models made by `deepwright run pipeline`.")
     for known in client.search_model_versions(f"name = '{name}'"):
         if known.tags.get("identity") == maker.identity:
-            client.set_registered_model_alias(name, ALIAS, known.version)
+            client.set_registered_model_alias(name, CANDIDATE, known.version)
             return str(known.version)
     run_id = (maker.finished.record.get("tracking") or {}).get("run_id") or parent_run_id
     _keep(client, run_id, directory)
@@ -55,8 +59,33 @@ def register(client: MlflowClient, request: Request, outcomes: Sequence[Outcome]
         tags={"identity": maker.identity, "stage": maker.stage, "pipeline_run": parent_run_id, **lineage},
         description=f"Made by stage {maker.stage} in {directory}.",
     )
-    client.set_registered_model_alias(name, ALIAS, made.version)
+    client.set_registered_model_alias(name, CANDIDATE, made.version)
+    if version_of(client, name, CHAMPION) is None:
+        client.set_registered_model_alias(name, CHAMPION, made.version)
     return str(made.version)
+
+
+def version_of(client: MlflowClient, name: str, alias: str) -> str | None:
+    """The version that an alias of a registered model stands for, or None."""
+    found = client.get_registered_model(name).aliases.get(alias)
+    return None if found is None else str(found)
+
+
+def mark(client: MlflowClient, name: str, version: str, facts: Mapping[str, str]) -> None:
+    """Say on a version's page what became of it; a longer text is cut to what a tag may hold."""
+    for key, value in facts.items():
+        client.set_model_version_tag(name, version, key, value[:5000])
+
+
+def crown(client: MlflowClient, name: str, version: str) -> str | None:
+    """Make a version the champion; returns the version that was, which is now called previous."""
+    before = version_of(client, name, CHAMPION)
+    if before == version:
+        return None
+    if before is not None:
+        client.set_registered_model_alias(name, PREVIOUS, before)
+    client.set_registered_model_alias(name, CHAMPION, version)
+    return before
 
 
 def _keep(client: MlflowClient, run_id: str, directory: Path) -> None:

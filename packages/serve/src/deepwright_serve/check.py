@@ -41,8 +41,13 @@ class Verdict:
         return not self.problems
 
 
-def judge(candidate: Sequence[Answered], live: Sequence[Answered] | None, check: Check) -> Verdict:
-    """The verdict on a candidate's answers; `live` are the live version's to the same problems."""
+def judge(
+    candidate: Sequence[Answered], live: Sequence[Answered] | None, check: Check, *, compare: bool = True
+) -> Verdict:
+    """The verdict on a candidate's answers; `live` are the live version's to the same problems.
+
+    compare: whether being worse than the live version counts.
+    """
     new = Figures.of(candidate)
     old = None if live is None else Figures.of(live)
     problems = []
@@ -54,7 +59,7 @@ def judge(candidate: Sequence[Answered], live: Sequence[Answered] | None, check:
         problems.append(f"Its accuracy is {new.accuracy:.1%}; least_accuracy is {check.least_accuracy:.1%}.")
     if new.latency > check.latency:
         problems.append(f"An answer takes {new.latency:.2f} s on average; latency allows {check.latency:g} s.")
-    if old is not None:
+    if old is not None and compare:
         if new.accuracy < old.accuracy - check.accuracy_lost:
             problems.append(
                 f"Its accuracy is {new.accuracy:.1%}, the live version's {old.accuracy:.1%} on the same problems; "

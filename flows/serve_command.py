@@ -1,0 +1,46 @@
+"""`deepwright serve`: the server's own command, with every way of naming a model that the other commands know.
+
+The server's package knows directories; run ids and registered names are the tracker's, which only this side knows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from deepwright_serve.command import serve_command
+
+from .cli_plugins import block_option, load_plugins
+
+EXAMPLES = """\b
+Examples:
+  deepwright serve runs/stages/rl-0123456789ab
+  deepwright serve deepwright@champion --port 8080
+  deepwright serve models:/deepwright/3 --host 0.0.0.0 --api-key-file keys
+  deepwright serve deepwright@champion --admin-key-file operator.key --admin-models runs
+
+The last one can be given other versions while it runs: `deepwright promote --help`."""
+
+
+def _serve(source: str, block: tuple[str, ...], **options: Any) -> None:
+    """Serve the model SOURCE to OpenAI clients and browsers.
+
+    SOURCE is a model directory, a stage's directory, a run id of the tracker or a registered name.
+    """
+    from . import model_source
+
+    found = model_source.find(source, load_plugins(block))
+    assert serve_command.callback is not None
+    serve_command.callback(model=found.directory, version=found.version, **options)
+
+
+serve = click.Command(
+    "serve",
+    callback=_serve,
+    params=[click.Argument(["source"]), *(each for each in serve_command.params if each.name != "model")],
+    help=_serve.__doc__,
+    short_help="Serve a model over HTTP, with a chat page.",
+    epilog=EXAMPLES,
+)
+block_option(serve)
