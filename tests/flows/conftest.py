@@ -91,15 +91,12 @@ def command_environment(toy_path: list[str], toy_conf: None) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory, plugins: Plugins) -> bytes:
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A database with MLflow's tables: making them takes seconds, so it is done once and copied."""
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("mlflow-root")
-        patch.setenv("DEEPWRIGHT_CONF", str(TOY / "conf"))
-        wanted = request.make("gather", [f"paths.root={root}", "tracking=mlflow"], plugins)
-        mlflow_tracker.client_for(wanted).search_experiments()
-        return (root / "mlflow" / "mlflow.db").read_bytes()
+    root = tmp_path_factory.mktemp("mlflow-root")
+    mlflow_tracker.client_at(root, "").search_experiments()
+    return (root / "mlflow" / "mlflow.db").read_bytes()
 
 
 @pytest.fixture
