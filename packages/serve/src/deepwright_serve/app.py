@@ -38,6 +38,7 @@ from .protocol import (
     Version,
 )
 from .reading import body_of
+from .refusal import ErrorReply
 from .service import Service
 from .tokens import to_text, to_tokens
 
@@ -143,7 +144,7 @@ def create_app(service: Service) -> Edge:
             return await asyncio.to_thread(to_text, served, request)
 
     describe_bodies(app, ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
-    describe_events(app, ChatChunk)
+    describe_events(app, ChatChunk, ErrorReply)
     if service.changes is not None:
         add_admin_routes(app, service, service.changes)
     app.state.service = service

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -19,7 +20,11 @@ def refusals(*statuses: int, closed: bool = True) -> Responses:
     closed: whether the route needs a key, where there are keys.
     """
     door = (401, 403, 429, 431, 500, 503) if closed else (403, 431, 500, 503)
-    return {status: {"model": ErrorReply} for status in sorted({*door, *statuses})}
+    # Written out, because a `model` would get the route's own media type, and the page's is text/html.
+    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorReply.__name__}"}}}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": error} for status in sorted({*door, *statuses})
+    }
 
 
 # What reading a body may come to.
