@@ -15,7 +15,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 from deepwright_core.engine import Engine, SamplingParams, ThinkingControl, compile_grammar
-from deepwright_core.engine.grammar import GrammarKind
+from deepwright_core.engine.grammar import LIMITS, GrammarKind
 from deepwright_core.errors import RequestError
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.transformer import Transformer, build_model
@@ -187,17 +187,22 @@ def test_ends_of_text_come_only_where_the_grammar_may_end(model: Transformer, to
     assert re.fullmatch("(ab)*a?", tokenizer.decode(answer.token_ids))
 
 
-def test_a_grammar_that_cannot_go_on_ends_the_answer(model: Transformer, tokenizer: Tokenizer) -> None:
-    # Within the library's limits when it is compiled, beyond them after some tokens.
-    explosive = compile_grammar(tokenizer, "lark", "start: /((((a{1,500}){1,500}){1,500}){1,500})/")
+def test_a_grammar_that_cannot_go_on_ends_the_answer(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LIMITS, "max_lexer_states", 60)
+    endless = compile_grammar(tokenizer, "regex", "([ab]*a[ab]{60}b){2}")
     engine = Engine(model, tokenizer.end_ids)
-    params = SamplingParams(max_tokens=200, temperature=0.0, grammar=explosive, ignore_eos=True)
-    start = time.perf_counter()
-    (answer,) = engine.generate([[3]], params)
-    assert answer.finish_reason == "length"
-    assert len(answer.token_ids) < 200
-    assert set(tokenizer.decode(answer.token_ids)) == {"a"}
-    assert time.perf_counter() - start < 30
+    params = SamplingParams(max_tokens=200, temperature=2.0, grammar=endless)
+    free = engine.add([4], SamplingParams(max_tokens=100, ignore_eos=True))
+    held = engine.add([3], params)
+    ended: list[int] = []
+    while engine.has_work:
+        for event in engine.step():
+            if event.finish_reason:
+                assert event.finish_reason == "length"
+                ended.append(event.request_id)
+    assert ended == [held, free]
     assert engine.stats.cache_blocks_used == 0
 
 
@@ -268,17 +273,18 @@ DEEP = reduce(lambda inner, _: {"type": "object", "properties": {"a": inner}}, r
         (
             "regex",
             "(a{1000}){1000}{1000}",
-            "come to 1000000000 pieces when they are written out; expected at most 20000",
+            "are 999999999 pieces more when they are written out; expected at most 20000",
         ),
         (
             "json_schema",
             {"items": [{"pattern": r"^(x[a{]\){3}){9000}$"}]},
-            "The JSON schema has .* come to 45002 pieces",
+            "The JSON schema has .* are 44997 pieces more",
         ),
-        ("json_schema", {"patternProperties": {"(ab{100}){200}": {}}}, "come to 20200 pieces"),
+        ("json_schema", {"patternProperties": {"(ab{100}){200}": {}}}, "are 20198 pieces more"),
         ("choice", [], r"The choices are \[\]; expected a list of texts"),
         ("choice", ["a"] * 1025, "There are 1025 choices; expected at most 1024"),
         ("lark", "nonsense", "The grammar cannot be used"),
+        ("lark", 'start: "a" %json {"pattern": "(a{300}){300}"}', "The grammar has .* are 89999 pieces more"),
         ("yaml", "a", "The kind of grammar is 'yaml'; expected one of json_schema"),
     ],
 )

@@ -35,9 +35,9 @@ GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 MAX_SOURCE_BYTES = 65_536
 MAX_DEPTH = 64
 MAX_CHOICES = 1024
-MAX_EXPANDED = 20_000
-"""Pieces of an expression with its counted repetitions written out; the library does not count those. A step over so
-many takes about 50 ms, over a million more than a second."""
+MAX_EXPANSION = 20_000
+"""Pieces that an expression has more when its counted repetitions are written out; the library does not count those. A
+step over so many takes about 50 ms, over a million more than a second."""
 WORD_BITS = 32
 
 # Without an end, white space is where an unsure model stays for ever: one space, or one line end with its indentation.
@@ -165,8 +165,7 @@ def _text(library: Any, kind: GrammarKind, source: Any) -> str:
         raise RequestError(f"{_subject(kind)} is {_shown(source)}; expected a text of at least one character.")
     _bound_size(kind, source)
     _bound_depth(kind, _deepest(source))
-    if kind == "regex":
-        _bound_repetitions(kind, source)
+    _bound_repetitions(kind, source)  # in the text of a grammar, those of all its expressions and schemas
     return str(library.grammar_from_regex(source) if kind == "regex" else library.grammar_from_lark(source))
 
 
@@ -246,11 +245,11 @@ def _deepest(text: str) -> int:
 
 
 def _bound_repetitions(kind: GrammarKind, expression: str) -> None:
-    size = _expanded(expression)
-    if size > MAX_EXPANDED:
+    more = _expansion(expression)
+    if more > MAX_EXPANSION:
         raise RequestError(
-            f"{_subject(kind)} has repetitions that come to {size} pieces when they are written out; expected at most "
-            f"{MAX_EXPANDED}."
+            f"{_subject(kind)} has repetitions that are {more} pieces more when they are written out; expected at most "
+            f"{MAX_EXPANSION}."
         )
 
 
@@ -258,9 +257,9 @@ PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re
 """An escape, a class of characters, a counted repetition, or any other character."""
 
 
-def _expanded(expression: str) -> int:
-    """About how many pieces an expression has when what `{n}` and `{m,n}` repeat is written out so often."""
-    sizes, last = [0], [0]  # of each open group: its pieces so far, and those of its last part
+def _expansion(expression: str) -> int:
+    """About how many pieces an expression has more when what `{n}` and `{m,n}` repeat is written out so often."""
+    sizes, last, written = [0], [0], 0  # of each open group: its pieces so far, and those of its last part
     for piece in PIECES.finditer(expression):
         if piece[0] == "(":
             sizes.append(0)
@@ -276,7 +275,8 @@ def _expanded(expression: str) -> int:
         else:
             sizes[-1] += 1
             last[-1] = 1
-    return sum(sizes)
+            written += 1
+    return sum(sizes) - written
 
 
 def _subject(kind: GrammarKind) -> str:
