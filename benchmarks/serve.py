@@ -182,6 +182,7 @@ class Report:
         print(f"\nPoisson load, {chosen.prompt} tokens in and {chosen.answer} out; milliseconds: p50 / p90 / p99")
         print(f"{'requests/s':>11} {'tok/s':>9} {'at once':>8}   {'first token':>22}   {'next token':>22}")
         engine, rows = self.engine(batch), []
+        engine.warm_up()
         poisson(engine, capacity, min(batch, chosen.requests), chosen.prompt, chosen.answer)  # warms up
         for share in chosen.loads:
             load = poisson(engine, share * capacity, chosen.requests, chosen.prompt, chosen.answer)

@@ -153,6 +153,15 @@ def test_weights_that_change_in_place_and_weights_that_move(served: Transformer)
     assert tokens(engine.generate(prompts(8), GREEDY)) == tokens(before)
 
 
+def test_after_a_warm_up_nothing_is_captured() -> None:
+    engine = Engine(model(MLA), 0, max_batch=8, cache_tokens=4096)
+    engine.warm_up()
+    captured = len(engine._runner._graphs._captured)
+    assert captured == 4 * 3  # rows 1, 2, 4, 8; contexts of 1024, 2048, 4096
+    engine.generate(prompts(7), GREEDY)
+    assert len(engine._runner._graphs._captured) == captured
+
+
 def test_a_model_that_cannot_be_captured_decodes_without(caplog: pytest.LogCaptureFixture) -> None:
     served = model(GQA)
     want = Engine(served, 0, max_batch=8, graphs="off").generate(prompts(8), GREEDY)

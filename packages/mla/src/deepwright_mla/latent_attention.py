@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deepwright_core.model.attention import Rope, gather_context
+from deepwright_core.model.branches import side_by_side
 from deepwright_core.model.cache import CacheBatch
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.correction import Correction
@@ -182,7 +183,8 @@ class LatentAttention(nn.Module):
         k_BSHK, v_BSHV = self._expand(self._latents(x_BSD, rope))
         return self.o(packed_attention(q_BSHK, k_BSHK, v_BSHV, starts_BS, self.scale).flatten(2))
 
-    def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
+    def _write(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> None:
+        """Cache what later tokens see of these."""
         cos_TF, sin_TF = (angle_BQF.flatten(0, 1) for angle_BQF in rope)
         latent_cache_write(
             self.kv_a(x_BQD).flatten(0, 1),
@@ -193,8 +195,13 @@ class LatentAttention(nn.Module):
             cache_NW,
             batch.slots_BQ.flatten(),
         )
+
+    def extend(self, x_BQD: Tensor, rope: Rope, cache_NW: Tensor, batch: CacheBatch) -> Tensor:
+        q_BQHK, _ = side_by_side(
+            lambda: self._queries(x_BQD), lambda: self._write(x_BQD, rope, cache_NW, batch), x_BQD.device
+        )
         attend = self._attend_absorbed if x_BQD.shape[1] <= ABSORBED_QUERIES else self._attend_expanded
-        return self.o(attend(self._queries(x_BQD), rope, cache_NW, batch).flatten(2))
+        return self.o(attend(q_BQHK, rope, cache_NW, batch).flatten(2))
 
 
 def build_mla(config: MLAConfig, model: ModelConfig, layer: int) -> LatentAttention:

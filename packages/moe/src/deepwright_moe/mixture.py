@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from deepwright_core.model.branches import side_by_side
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.correction import Correction
 from deepwright_core.model.feed_forward import Mixture, SwiGLU
@@ -32,6 +33,7 @@ from deepwright_kernels import (
 )
 
 from .balance import sequence_balance_loss
+from .routing import Routing
 
 # Blocks of 128 tokens, along which FP8 gradients are quantised, must not reach from one expert into the next.
 FP8_ALIGNMENT = 128
@@ -145,14 +147,23 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BSD: Tensor, record: ForwardRecord | None) -> Tensor:
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD)
-        order = expert_order(routing.experts_TK, self.config.experts, self.experts.alignment)
-        out_TD = unpermute(self.experts(x_TD, order), order, routing.weights_TK)
-        if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)
+        if self.shared is None:
+            out_TD, routing, order = self._routed(x_TD)
+        else:
+            shared = self.shared
+            (out_TD, routing, order), shared_TD = side_by_side(
+                lambda: self._routed(x_TD), lambda: shared(x_TD), x_TD.device
+            )
+            out_TD = out_TD + shared_TD
         if record is not None:
             self._report(record, routing.experts_TK, routing.scores_TE, order.counts_E, x_BSD.shape[:2])
         return out_TD.view_as(x_BSD)
+
+    def _routed(self, x_TD: Tensor) -> tuple[Tensor, Routing, ExpertOrder]:
+        """What the chosen experts make of each token, and which those were."""
+        routing = self.router(x_TD)
+        order = expert_order(routing.experts_TK, self.config.experts, self.experts.alignment)
+        return unpermute(self.experts(x_TD, order), order, routing.weights_TK), routing, order
 
     def _report(
         self, record: ForwardRecord, experts_TK: Tensor, scores_TE: Tensor, load_E: Tensor, shape: torch.Size

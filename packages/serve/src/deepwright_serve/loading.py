@@ -68,6 +68,7 @@ class Loading:
         for engine in engines:
             for adapter, path in found.items():
                 engine.load_adapter(adapter, path, directory)
+            engine.warm_up()
         context = min(models[0].max_positions, engines[0].cache_capacity)
         threads = [EngineThread(engine, self.limits) for engine in engines]
         thread = threads[0] if self.replicas == 1 else EnginePool(threads)

@@ -134,6 +134,16 @@ class Engine:
         self._next_id = 0
         self._generation_tokens = 0
 
+    def warm_up(self) -> None:
+        """Capture the decode graphs of all sizes now, so that no request waits for one later: some seconds on a GPU.
+
+        Nothing to do elsewhere. What speculation and the kernels of prefill compile still waits for its first use.
+        """
+        if self.has_work:
+            raise RequestError("Engine.warm_up was called while requests are under way; call it before the first.")
+        with torch.inference_mode(), self._evaluating():
+            self._runner.warm_up()
+
     # Requests ----------------------------------------------------------------------------------------
 
     def add(

@@ -203,6 +203,15 @@ class ModelRunner:
         on_gpu = self.device.type == "cuda"
         return on_gpu and self._speculation is None and not (self._any_controlled or self._any_scored)
 
+    def warm_up(self) -> None:
+        """Capture all sizes of the plain decode step while every row is padding."""
+        if self._graphs is None or self._speculation is not None:
+            return
+        self._clear(0)
+        for width in reversed(self._width_sizes):  # what needs most memory comes first, the others find it there
+            for rows in reversed(self._row_sizes):
+                self._captured("decode", rows, width, self._extend_rows)
+
     def weights_changed(self) -> None:
         """The model's parameters were written to; where they lie elsewhere than before, graphs are captured anew."""
         addresses = self._weight_addresses()
@@ -403,15 +412,7 @@ class ModelRunner:
                 column[to] = column[of]
             for row, _ in moved:
                 plan.decode[row].row = row
-        count = len(plan.decode)
-        if count < self._filled:  # who left must not be written for: its blocks may be another's
-            left = slice(count, self._filled)
-            self._token_R[left] = 0
-            self._length_R[left] = 1
-            self._blocks_RP[left] = 0
-            if self._speculation is not None:
-                self._speculation.room_R[left] = 0
-        self._filled = count
+        self._clear(len(plan.decode))
         if plan.grown:
             new = [(s.row, place, s.blocks[place]) for s, first in plan.grown for place in range(first, len(s.blocks))]
             rows, places, blocks = self._tensor(np.array(new).T)
@@ -420,6 +421,18 @@ class ModelRunner:
                 room = [(s.row, s.room(self.block_size)) for s, _ in plan.grown]
                 rows, rooms = self._tensor(np.array(room).T)
                 self._speculation.room_R[rows] = rooms
+
+    def _clear(self, count: int) -> None:
+        """Make padding of the rows from `count` on: a row that was left must not be written for, its blocks may be
+        another's."""
+        if count < self._filled:
+            left = slice(count, self._filled)
+            self._token_R[left] = 0
+            self._length_R[left] = 1
+            self._blocks_RP[left] = 0
+            if self._speculation is not None:
+                self._speculation.room_R[left] = 0
+        self._filled = count
 
     def _join(self, plan: Plan) -> None:
         """Fill rows for the sequences whose prefill is complete, behind those that decode."""
