@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -193,8 +194,27 @@ def depends_on_arguments(name: str, device: torch.device) -> bool:
     return callable(declared.cuda if device.type == "cuda" else declared.elsewhere)
 
 
+class _OfThread(threading.local):
+    instead: Callable[[str, tuple[Any, ...]], Any] | None = None
+
+
+_of_thread = _OfThread()
+
+
+def instead() -> Callable[[str, tuple[Any, ...]], Any] | None:
+    """What runs in this thread in place of every operator's backends, if anything does."""
+    return _of_thread.instead
+
+
+def put_instead(function: Callable[[str, tuple[Any, ...]], Any] | None) -> None:
+    """From now on in this thread, `run` hands every operator's name and arguments to `function` (None: to nobody)."""
+    _of_thread.instead = function
+
+
 def run(name: str, *arguments: Any) -> Any:
     """Call the operator's backend for these arguments, of which the first is a tensor, with all of them."""
+    if _of_thread.instead is not None:
+        return _of_thread.instead(name, arguments)
     return load(name, backend_for(name, *arguments))(*arguments)
 
 
