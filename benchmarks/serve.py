@@ -53,6 +53,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer under load")
     parser.add_argument("--cache-dtype", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--graphs", choices=["auto", "off"], default="auto")
+    parser.add_argument("--batch-invariant", action="store_true", help="the same bits in any company")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts to measure")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--json", type=Path)
@@ -107,6 +108,7 @@ class Report:
             cache_tokens=batch * (self.chosen.prompt + HEADROOM),
             cache_dtype=self.chosen.cache_dtype,
             graphs=self.chosen.graphs,
+            batch_invariant=self.chosen.batch_invariant,
             speculate=drafts,
         )
 
@@ -119,7 +121,10 @@ class Report:
     def decode(self) -> None:
         """Tokens a second by batch."""
         chosen = self.chosen
-        print(f"\ndecode after {chosen.prompt} tokens, temperature {chosen.temperature:g}, graphs {chosen.graphs}")
+        print(
+            f"\ndecode after {chosen.prompt} tokens, temperature {chosen.temperature:g}, graphs {chosen.graphs}"
+            f"{', batch-invariant' if chosen.batch_invariant else ''}"
+        )
         print(f"{'batch':>6} {'tok/s':>10} {'ms a step':>10} {'slowest':>9} {'roofline':>9}   peer tok/s")
         rows = []
         for batch in chosen.batches:

@@ -40,6 +40,7 @@ from deepwright_kernels import (
     rotary_tail,
 )
 from deepwright_kernels.mla_paged_decode.reference import SCALED_LATENTS, fp8_row_bytes, unpack_fp8_latents
+from deepwright_kernels.row_by_row import is_row_by_row
 
 # What absorbed decode multiplies by itself.
 EXPANSION = "kv_b.weight"
@@ -200,7 +201,8 @@ class LatentAttention(nn.Module):
         q_BQHK, _ = side_by_side(
             lambda: self._queries(x_BQD), lambda: self._write(x_BQD, rope, cache_NW, batch), x_BQD.device
         )
-        attend = self._attend_absorbed if x_BQD.shape[1] <= ABSORBED_QUERIES else self._attend_expanded
+        absorbed = x_BQD.shape[1] <= ABSORBED_QUERIES or is_row_by_row()  # then decoding and prefill have one form
+        attend = self._attend_absorbed if absorbed else self._attend_expanded
         return self.o(attend(q_BQHK, rope, cache_NW, batch).flatten(2))
 
 

@@ -69,6 +69,7 @@ def serve(
     replicas: int = 1,
     speculate: int = 0,
     adapters: Mapping[str, Path] | None = None,
+    batch_invariant: bool = False,
     limits: Limits | None = None,
     prices: Prices | None = None,
     address_file: Path | None = None,
@@ -99,7 +100,9 @@ def serve(
     with listener:
         if threads:
             torch.set_num_threads(threads)
-        loading = Loading(device, precision, cache_tokens, cache_dtype, limits, replicas, speculate)
+        loading = Loading(
+            device, precision, cache_tokens, cache_dtype, limits, replicas, speculate, batch_invariant=batch_invariant
+        )
         roster = Roster(loading.load_with_adapters(directory, name, version, adapters or {}))
         changes = None if operator is None else GoingLive(roster, loading, admin_models, limits.drain_seconds)
         service = Service(roster, limits, keys, local, operator, changes, prices)
@@ -294,6 +297,7 @@ def named_adapters(given: Sequence[str], name: str) -> dict[str, Path]:
     metavar="NAME=DIR",
     help="A LoRA adapter of the model, to be answered under a name of its own; may be given several times.",
 )
+@click.option("--batch-invariant", is_flag=True, help="The same answer whatever runs beside it, at a cost in speed.")
 @limit_options
 @click.option(
     "--log-format",

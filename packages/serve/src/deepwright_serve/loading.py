@@ -33,7 +33,8 @@ CACHE_TOKENS = 65536
 class Loading:
     """device: auto, cpu, cuda or cuda:N. precision: auto, fp32 or bf16. cache_tokens: what the cache holds, of each
     replica. replicas: engines that share the work; each has a GPU, or on a CPU all have the same weights. speculate:
-    tokens that the model's MTP modules draft in a step."""
+    tokens that the model's MTP modules draft in a step. batch_invariant: an answer is the same to the last bit
+    whatever runs beside it."""
 
     device: str = "auto"
     precision: str = "auto"
@@ -42,6 +43,7 @@ class Loading:
     limits: Limits = field(default_factory=Limits)
     replicas: int = 1
     speculate: int = 0
+    batch_invariant: bool = False
 
     def load(self, directory: Path, name: str, version: str = "") -> Served:
         """Load a model directory; blocks for as long as that takes. `RequestError` when it cannot be served."""
@@ -60,6 +62,7 @@ class Loading:
                 cache_tokens=self.cache_tokens,
                 max_batch=self.limits.running,
                 cache_dtype=self.cache_dtype,
+                batch_invariant=self.batch_invariant,
                 speculate=self.speculate,
             )
             for model in models

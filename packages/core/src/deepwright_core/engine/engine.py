@@ -20,6 +20,8 @@ from typing import Any, get_args
 
 import torch
 
+from deepwright_kernels.row_by_row import row_by_row
+
 from ..errors import RequestError, WorkError
 from .adapters import Adapters
 from .block_manager import BlockManager
@@ -69,7 +71,8 @@ class Engine:
     bf16's bytes, near its answers). graphs: "auto" decodes through CUDA graphs on a GPU; "off" starts every kernel by
     itself, for models that cannot be captured or whose steps are to be looked at. speculate: how many tokens the
     model's MTP modules draft for each request and step (0: none; see `speculation`). It changes no token, only how many
-    come in a step.
+    come in a step. batch_invariant: a request's tokens and log-probabilities are the same to the last bit whatever runs
+    beside it, in chunks or not, from the prefix cache or not (see `deepwright_kernels.row_by_row`); this costs speed.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Engine:
         cache_dtype: CacheDtype = "auto",
         graphs: GraphsOption = "auto",
         speculate: int = 0,
+        batch_invariant: bool = False,
     ) -> None:
         if block_size is None:
             on_gpu = next(iter(model.parameters())).device.type == "cuda"
@@ -101,11 +105,14 @@ class Engine:
             problems.append(f"cache_dtype is '{cache_dtype}'; expected auto or fp8.")
         if graphs not in get_args(GraphsOption):
             problems.append(f"graphs is '{graphs}'; expected auto or off.")
+        if batch_invariant and cache_dtype == "fp8":
+            problems.append("batch_invariant is on and cache_dtype is 'fp8', which has no such form; expected auto.")
         if problems:
             raise RequestError(problems)
         modules = modules_used(model, speculate)
         blocks = cache_tokens // block_size
         self.model = model
+        self._batch_invariant = batch_invariant
         self.eos_ids = frozenset((eos_id,) if isinstance(eos_id, int) else eos_id)
         self.cache_capacity = blocks * block_size
         self._scheduler = Scheduler(
@@ -190,7 +197,7 @@ class Engine:
         When the model fails, the error is raised, all requests are in the queue again, and the cache is empty; the
         caller tries again or cancels.
         """
-        with torch.inference_mode(), self._evaluating():
+        with torch.inference_mode(), self._evaluating(), row_by_row() if self._batch_invariant else nullcontext():
             step = self._ahead
             self._ahead = None
             try:

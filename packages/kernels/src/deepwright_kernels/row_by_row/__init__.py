@@ -45,6 +45,8 @@ PRODUCTS: Replacements = {
 ELEMENTWISE: Replacements = {
     torch.exp: elementwise.exp,
     Tensor.exp: elementwise.exp,
+    torch.log: elementwise.log,
+    Tensor.log: elementwise.log,
     torch.sigmoid: elementwise.sigmoid,
     Tensor.sigmoid: elementwise.sigmoid,
     functional.silu: elementwise.silu,

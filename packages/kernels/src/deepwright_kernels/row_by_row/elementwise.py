@@ -1,4 +1,4 @@
-"""Exponentials on a CPU that give an element the same bits wherever it stands.
+"""Exponentials and logarithms on a CPU that give an element the same bits wherever it stands.
 
 Torch's loops treat most of a tensor in vectors and its end, or the end of each thread's part, in scalars, whose
 exponential is another implementation. Here the tensor is padded to whole vectors and cut into pieces that one thread
@@ -34,6 +34,11 @@ def _in_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def exp(x: Tensor) -> Tensor:
     """e to the power of each element."""
     return _in_vectors(aten.exp, x)
+
+
+def log(x: Tensor) -> Tensor:
+    """The natural logarithm of each element."""
+    return _in_vectors(aten.log, x)
 
 
 def sigmoid(x: Tensor) -> Tensor:

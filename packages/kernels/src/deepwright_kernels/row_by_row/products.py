@@ -23,8 +23,10 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     return y if bias_N is None else y + bias_N
 
 
-def matmul(x: Tensor, w: Tensor) -> Tensor:
+def matmul(x: Tensor, w: Tensor, *, out: Tensor | None = None) -> Tensor:
     """x [..., T, K] times w [K, N], or w [..., K, N] with the same leading dimensions."""
+    if out is not None:
+        return out.copy_(matmul(x, w))
     if w.ndim == 2:
         return rows(x.reshape(-1, x.shape[-1])[None], w[None])[0].view(*x.shape[:-1], w.shape[-1])
     if x.ndim < 3 or x.shape[:-2] != w.shape[:-2]:
