@@ -21,6 +21,7 @@ from .rms_norm import add_rms_norm, rms_norm
 from .rotary import rotary, rotary_tail
 from .route import Choice, route
 from .token_permutation import ExpertOrder, expert_order, permute, unpermute
+from .token_race import token_race
 
 __all__ = [
     "BackendWarning",
@@ -60,6 +61,7 @@ __all__ = [
     "route",
     "swiglu_backward_quantise_fp8",
     "swiglu_quantise_fp8",
+    "token_race",
     "unpermute",
     "weighted_linear_cross_entropy",
 ]

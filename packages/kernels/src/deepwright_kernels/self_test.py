@@ -201,6 +201,12 @@ def _add_rms_norm(draw: Draw) -> tuple[Any, ...]:
     return draw(37, 256, grad=True), draw(37, 256, grad=True), draw(256, dtype=torch.float32, grad=True), 1e-6
 
 
+@inputs("token_race")
+def _token_race(draw: Draw) -> tuple[Any, ...]:
+    temperature_B = torch.linspace(0.0, 2.0, 9).to(draw.device)
+    return draw(9, 1000, dtype=torch.float32), temperature_B, draw.below(99, 9), draw.below(999, 9), 1e-5, True
+
+
 @inputs("rotary", "rotary_tail")
 def _rotary(draw: Draw) -> tuple[Any, ...]:
     angle_SHF = draw(20, 1, 32, dtype=torch.float32)

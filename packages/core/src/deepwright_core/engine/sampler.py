@@ -1,11 +1,10 @@
 """Draws tokens: vectorised over the batch, and independent of it.
 
-Randomness is a counter, not a state. At every position, each token of the vocabulary gets an exponential number E, a
-hash of the request's seed, the position and the token, and the token with the largest probability / E is drawn: the
-first to arrive when tokens arrive at rates of their probabilities. So a request draws the same tokens whatever runs
-beside it, after a preemption, and on every device whose logits agree. And two distributions that are nearly the same
-mostly draw the same token, which is what `speculation` lives on (inverting one cumulated distribution with one number
-would shift all later tokens whenever an early one gains a little).
+Randomness is a counter, not a state: a token is drawn by a race whose numbers are hashes of the request's seed, the
+position and the tokens (`token_race`). So a request draws the same tokens whatever runs beside it, after a preemption,
+and on every device whose logits agree. And two distributions that are nearly the same mostly draw the same token, which
+is what `speculation` lives on (inverting one cumulated distribution with one number would shift all later tokens
+whenever an early one gains a little).
 Left out: penalties, logit bias and grammars (they change the logits before they come here).
 
 Shapes: B rows, V vocabulary.
@@ -18,53 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepwright_kernels import token_race
+
 from .sequence import GREEDY_BELOW
-
-
-def _signed(value: int, bits: int = 64) -> int:
-    """The signed integer with the same bits."""
-    value &= (1 << bits) - 1
-    return value - (1 << bits) if value >> (bits - 1) else value
-
-
-# The increment and multipliers of SplitMix64 (Steele, Lea & Flood 2014); int64 products wrap as its uint64 do.
-GAMMA = _signed(0x9E3779B97F4A7C15)
-MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
-# For 32 bits: the golden ratio again, and a finalizer of the same form (Ellis 2018, "Prospecting for hash functions").
-GAMMA_32 = _signed(0x9E3779B9, 32)
-MULTIPLIERS_32 = (_signed(0x7FEB352D, 32), _signed(0x846CA68B, 32))
-
-
-def _shifted(x: Tensor, shift: int, bits: int) -> Tensor:
-    """x ^ (x >>> shift): torch's >> carries the sign down, which the mask takes away."""
-    return (x >> shift).bitwise_and_((1 << (bits - shift)) - 1).bitwise_xor_(x)
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """SplitMix64's finalizer: every bit of x changes half of the bits of the result."""
-    x = _shifted(x, 30, 64).mul_(MULTIPLIERS[0])
-    x = _shifted(x, 27, 64).mul_(MULTIPLIERS[1])
-    return _shifted(x, 31, 64)
-
-
-def _mixed_32(x: Tensor) -> Tensor:
-    """The same for int32, at a quarter of the cost on a CPU."""
-    x = _shifted(x, 16, 32).mul_(MULTIPLIERS_32[0])
-    x = _shifted(x, 15, 32).mul_(MULTIPLIERS_32[1])
-    return _shifted(x, 16, 32)
-
-
-def uniform(seed_B: Tensor, position_B: Tensor, vocabulary: int) -> Tensor:
-    """A float32 between 0 and 1 for each int64 seed and position and each token, [B, V]; the same on every device.
-
-    It is a multiple of 2^-31 less half of it, so that small numbers, which decide, are as fine as large ones are not.
-    """
-    # The seed is hashed before the position is added, or seed s at position p + 1 would be seed s + 1 at position p.
-    key_B = _mixed(_mixed(seed_B * GAMMA + GAMMA) + position_B * GAMMA)
-    tokens_V = torch.arange(1, 1 + vocabulary, dtype=torch.int32, device=key_B.device).mul_(GAMMA_32)
-    low_B1, high_B1 = key_B.view(torch.int32).view(-1, 2, 1).unbind(1)
-    bits_BV = _mixed_32(_mixed_32(tokens_V ^ low_B1).bitwise_xor_(high_B1))
-    return bits_BV.bitwise_and_((1 << 31) - 1).float().add_(0.5).mul_(2.0**-31)
 
 
 @dataclass(frozen=True)
@@ -123,20 +78,12 @@ def sample(
     any_random, any_truncated: whether some row needs it. The caller knows that on the host; asking the tensors would
     make the host wait. A row's result does not depend on them as long as they are true when it needs them.
     """
-    logits_BV = logits_BV.float()
-    best_B1 = logits_BV.argmax(-1, keepdim=True)
-    scaled_BV = logits_BV - logits_BV.gather(1, best_B1)  # first, so that no temperature is too small
-    if not any_random:
-        return best_B1[:, 0], -scaled_BV.double().exp().sum(-1).log()
-
-    greedy_B = rows.temperature_B < GREEDY_BELOW
-    scaled_BV = scaled_BV / torch.where(greedy_B, 1.0, rows.temperature_B)[:, None]
+    temperature_B = rows.temperature_B
     if any_truncated:
-        scaled_BV = scaled_BV.masked_fill(~(kept(scaled_BV, rows) | greedy_B[:, None]), -torch.inf)
-    total_B1 = scaled_BV.double().exp_().sum(-1, keepdim=True)
-    # log E, with E = -log(1 - u)
-    late_BV = uniform(rows.seed_B, position_B, logits_BV.shape[-1]).neg_().log1p_().neg_().log_()
-    drawn_B1 = torch.sub(scaled_BV, late_BV, out=late_BV).argmax(-1, keepdim=True)
-    # Logits that are not numbers give some token; the log-probability then says so.
-    token_B1 = torch.where(greedy_B[:, None], best_B1, drawn_B1)
-    return token_B1[:, 0], (scaled_BV.gather(1, token_B1).double() - total_B1.log())[:, 0]
+        scaled_BV = logits_BV.float()
+        scaled_BV = scaled_BV - scaled_BV.amax(-1, keepdim=True)  # first, so that no temperature is too small
+        greedy_B = temperature_B < GREEDY_BELOW
+        scaled_BV /= torch.where(greedy_B, 1.0, temperature_B)[:, None]
+        logits_BV = scaled_BV.masked_fill_(~(kept(scaled_BV, rows) | greedy_B[:, None]), -torch.inf)
+        temperature_B = torch.where(greedy_B, 0.0, 1.0)
+    return token_race(logits_BV, temperature_B, rows.seed_B, position_B, GREEDY_BELOW, any_random)
