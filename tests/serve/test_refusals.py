@@ -95,6 +95,7 @@ WRONG = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logit_bias": {"a": 1}}, "logit_bias.a"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ({"logit_bias": {"05": 1}}, "logit_bias.05"),
     ({"logit_bias": {"320": 1}}, "logit_bias"),
     ({"stop_token_ids": [320]}, "stop_token_ids"),
     ({"frequency_penalty": 2.5}, "frequency_penalty"),
@@ -147,6 +148,7 @@ def test_neutral_values_are_accepted(serve_script: Callable[..., Any]) -> None:
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', "application/json", 400, None),
         (json.dumps(GOOD | {"temperature": float("nan")}).encode(), "application/json", 400, None),
         (b"[" * 100_000, "application/json", 400, "invalid_json"),
+        (b'{"max_tokens": ' + b"9" * 5000 + b"}", "application/json", 400, "invalid_json"),
         (b"null", "application/json", 400, None),
         (b"[]", "application/json", 400, None),
         (json.dumps(GOOD).encode(), "text/plain", 415, "unsupported_media_type"),
@@ -185,6 +187,7 @@ def test_paths_and_methods(serve_script: Callable[..., Any]) -> None:
     complaint(server.client.get("/v1/nothing"), 404)
     complaint(server.client.get(CHAT), 405)
     complaint(server.client.post("/v1/models"), 405)
+    complaint(server.client.post(f"{CHAT}/", json=GOOD), 404)
     assert complaint(server.client.get("/v1/models/other"), 404)["code"] == "model_not_found"
     assert complaint(server.client.post(CHAT, json={**GOOD, "model": "other"}), 404)["param"] == "model"
 

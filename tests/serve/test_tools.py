@@ -90,6 +90,7 @@ def test_the_clients_own_helpers_for_streams_and_models(scripted: Callable[[str]
     assert parsed.choices[0].message.tool_calls[0].function.parsed_arguments == Add(a=17, b=25)
     # A strict function is kept to by a grammar even where the model may choose.
     assert server.engine.asked[-1][1].grammar.kind == "lark"
+    assert "strict" not in server.served.tokenizer.decode(server.engine.asked[-1][0])
     with client.chat.completions.stream(model="tiny", messages=USER, tools=TOOLS) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion()
@@ -220,3 +221,4 @@ def test_the_arguments_of_a_function_are_an_object() -> None:
 
     assert schema() == {"type": "object", "additionalProperties": False}
     assert schema(parameters={"properties": {"a": {}}}) == {"type": "object", "properties": {"a": {}}}
+    assert schema(parameters={"type": "array"}) == {"type": "object"}

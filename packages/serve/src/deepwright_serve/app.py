@@ -57,6 +57,7 @@ def create_app(service: Service) -> Edge:
         description="OpenAI-compatible endpoints over deepwright's engine.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
     )
     add_error_objects(app)

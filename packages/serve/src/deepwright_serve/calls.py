@@ -100,7 +100,7 @@ def call_grammar(
 def arguments_schema(tool: Tool) -> dict[str, Any]:
     """The schema of a function's arguments, which are an object whatever else is said of them."""
     parameters = tool.function.parameters
-    return {"type": "object", **({"additionalProperties": False} if parameters is None else parameters)}
+    return {**({"additionalProperties": False} if parameters is None else parameters), "type": "object"}
 
 
 # What it was ----------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ def chat_prompt(
 ) -> list[int]:
     """Ids of a conversation. continues: its last message, when the answer is to go on with that."""
     conversation = [_plain(message) for message in in_order_of_calls(messages[:-1] if continues else messages)]
-    described = [tool.model_dump(exclude_none=True) for tool in tools] or None
+    # `strict` is for the grammar; the model was not trained to read it.
+    described = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools] or None
     if continues is None:
         return tokenizer.chat(
             conversation, tools=described, thinking=thinking, add_generation_prompt=add_generation_prompt

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from deepwright_core.errors import did_you_mean
@@ -66,7 +66,7 @@ def refusal(error: ValidationError, model: type[BaseModel], body: bytes) -> Refu
     for item in items:
         if item["type"] == "json_invalid":
             return Refusal(400, f"The body is not valid JSON: {item['ctx']['error']}.", code="invalid_json")
-    sent = json.loads(body)
+    sent = from_json(body)
     problems: dict[str, list[str]] = {}
     for item in items:
         path = _path(item, sent)

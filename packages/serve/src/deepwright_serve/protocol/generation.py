@@ -39,7 +39,7 @@ class GenerationRequest(Wire):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     logit_bias: (
         Annotated[
-            dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
+            dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")], Annotated[float, Field(ge=-100, le=100)]],
             Field(max_length=MAX_BIASES),
         ]
         | None
