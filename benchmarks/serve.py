@@ -5,9 +5,9 @@
 Weights are random, or those of a model directory, and the same for the peer. Decode is the median step once all prompts
 are in, scheduling, sampling and the copy to the host included; its roofline is what a step has to read over what this
 machine copies in the same run. Speculation is measured on what the model itself writes: only a trained model's modules
-guess that. Latency is measured on the engine in this process, at shares of the throughput measured before. Defaults are
-a minute on two CPU cores; on a GPU the default model is the one of docs/serving.md. Leaves out HTTP (its cost is the
-server's) and several GPUs.
+guess that; what must be guessed for a gain is told with any weights. Latency is measured on the engine in this process,
+at shares of the throughput measured before. Defaults are a minute on two CPU cores; on a GPU the default model is the
+one of docs/serving.md. Leaves out HTTP (its cost is the server's) and several GPUs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, help="tokens of a prompt")
     parser.add_argument("--steps", type=int, help="decode steps that are timed")
     parser.add_argument("--temperature", type=float, default=0.0, help="of decoding; the peer is greedy")
-    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2], help="tokens that speculation drafts")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3], help="tokens that speculation drafts")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8], help="shares of the throughput")
     parser.add_argument("--requests", type=int, help="requests at each load")
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer under load")
@@ -143,21 +143,26 @@ class Report:
         self.found["decode"] = rows
 
     def speculation(self) -> None:
-        """Acceptance and gain of the model's MTP modules."""
+        """Acceptance and gain of the model's MTP modules, and from how many tokens a step on there is a gain: that is a
+        matter of the shape and the machine, not of the weights."""
         if not self.model.config.mtp.depth:
             print("\nspeculation: the model has no MTP module")
             return
         print(f"\nspeculation, {'its own texts' if self.trained else 'random weights: nothing is guessed'}")
-        print(f"{'batch':>6} {'drafts':>7} {'accepted':>9} {'tokens a step':>14} {'tok/s':>10} {'gain':>6}")
+        print(
+            f"{'batch':>6} {'drafts':>7} {'ms a step':>10} {'pays from':>10} {'tokens a step':>14} {'tok/s':>10} "
+            f"{'gain':>6}"
+        )
         rows = []
         for batch in self.chosen.batches:
             plain = self._decoded.get(batch) or self._decode(batch)
             for drafts in self.chosen.drafts:
                 row = self._decode(batch, drafts)
                 gain = row.tokens_per_second / plain.tokens_per_second
-                rows.append(asdict(row) | {"drafts": drafts, "gain": gain})
+                pays = row.milliseconds / plain.milliseconds  # with as many tokens a step it is no loss
+                rows.append(asdict(row) | {"drafts": drafts, "gain": gain, "pays_from_tokens_a_step": pays})
                 print(
-                    f"{batch:>6} {drafts:>7} {row.accepted or 0:>9.1%} {row.tokens_a_step:>14.2f} "
+                    f"{batch:>6} {drafts:>7} {row.milliseconds:>10.3f} {pays:>10.2f} {row.tokens_a_step:>14.2f} "
                     f"{row.tokens_per_second:>10,.0f} {gain:>5.2f}x",
                     flush=True,
                 )

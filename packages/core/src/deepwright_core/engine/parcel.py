@@ -22,7 +22,9 @@ class Parcel:
         return len(self._tensors) - 1
 
     def send(self) -> None:
-        """Start the copy. What is asked of the device from now on does not delay it."""
+        """Start the copy, once. What is asked of the device from now on does not delay it."""
+        if self._wide:
+            return
         self._wide = [tensor.double() if tensor.is_floating_point() else tensor.long() for tensor in self._tensors]
         # The bits of the float64 travel as int64.
         flat = torch.cat([tensor.contiguous().view(torch.int64).flatten() for tensor in self._wide])

@@ -204,13 +204,18 @@ class ModelRunner:
         return on_gpu and self._speculation is None and not (self._any_controlled or self._any_scored)
 
     def warm_up(self) -> None:
-        """Capture all sizes of the plain decode step while every row is padding."""
-        if self._graphs is None or self._speculation is not None:
+        """Capture all sizes of the decode step while every row is padding: greedy rows and untruncated ones."""
+        if self._graphs is None:
             return
         self._clear(0)
         for width in reversed(self._width_sizes):  # what needs most memory comes first, the others find it there
             for rows in reversed(self._row_sizes):
-                self._captured("decode", rows, width, self._extend_rows)
+                if self._speculation is None:
+                    self._captured("decode", rows, width, self._extend_rows)
+                    continue
+                self._captured("verify", rows, width, self._verify_rows)
+                for self._any_random in (True, False):
+                    self._captured(self._drafting, rows, width, self._draft_rows)
 
     def weights_changed(self) -> None:
         """The model's parameters were written to; where they lie elsewhere than before, graphs are captured anew."""
@@ -247,37 +252,42 @@ class ModelRunner:
         assert speculation is not None
         first, count = len(plan.decode), len(plan.rows)
         if plan.decode:
-            width = max(len(sequence.blocks) for sequence in plan.decode)
-
-            def verify(count: int, width: int) -> Tensor:
-                tokens_BQ, batch = speculation.queries(self._decoding(count, width))
-                hidden_BQD = speculation.hidden_RQD[:count]
-                return hidden_BQD.copy_(self.model.extend(tokens_BQ, self._layer_cache, batch))
-
-            self._captured("verify", first, width, verify)
+            self._captured("verify", first, max(len(sequence.blocks) for sequence in plan.decode), self._verify_rows)
         for states_JXD in self._prefill(plan, prompts):
             room_J = self._tensor([sequence.room(self.block_size) for sequence in plan.joined])
             speculation.join(slice(first, count), states_JXD, room_J)
         if not count:
             return None
         self._join(plan)
-
         length_B = self._length_R[:count]
         logits_XV = self._logits(speculation.hidden_RQD[:count].flatten(0, 1), count)
         draw = self._draw(plan.rows, logits_XV, speculation.positions(length_B), parcel)
         accepted_B = speculation.accept(draw.token_BQ, length_B)
         draw.accept(accepted_B)
-
-        def advance(count: int, width: int) -> Tensor:
-            rows = self._sampling_R.first(count)
-            speculation.advance(self._decoding(count, width), lambda logits, at: self._sample(logits, rows, at)[0])
-            return speculation.draft_RK
-
-        width = max(len(sequence.blocks) for sequence in plan.rows)
-        self._captured(f"draft {self._any_random} {self._any_truncated}", count, width, advance)
+        parcel.send()  # the host need not wait for the drafts
+        self._captured(self._drafting, count, max(len(sequence.blocks) for sequence in plan.rows), self._draft_rows)
         self._token_R[:count] = draw.token_BQ.gather(1, accepted_B[:, None])[:, 0]
         length_B += accepted_B + 1
         return draw.read
+
+    @property
+    def _drafting(self) -> str:
+        """The name of drafting, of which a graph depends on what drawing needs."""
+        return f"draft{' at random' * self._any_random}{' of the kept' * self._any_truncated}"
+
+    def _verify_rows(self, count: int, width: int) -> Tensor:
+        """One call of the model over the first `count` rows and their drafts: hidden states [B, Q, D]."""
+        assert self._speculation is not None
+        tokens_BQ, batch = self._speculation.queries(self._decoding(count, width))
+        return self._speculation.hidden_RQD[:count].copy_(self.model.extend(tokens_BQ, self._layer_cache, batch))
+
+    def _draft_rows(self, count: int, width: int) -> Tensor:
+        """The next drafts of the first `count` rows [R, K]."""
+        assert self._speculation is not None
+        rows = self._sampling_R.first(count)
+        decoding = self._decoding(count, width)
+        self._speculation.advance(decoding, lambda logits_BV, at_B: self._sample(logits_BV, rows, at_B)[0])
+        return self._speculation.draft_RK
 
     def _decoding(self, count: int, width: int) -> DecodingRows:
         """The first `count` rows and `width` of their blocks: those of the model's next calls."""
