@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import torch
 
-First, Second = TypeVar("First"), TypeVar("Second")
+First = TypeVar("First")
+Second = TypeVar("Second")
 
 _of_thread = threading.local()  # two threads that capture must not meet on a stream
 
