@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from .summary import final_model
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.models import ModelSignature
 
     from .runner import Outcome
 
@@ -45,7 +47,7 @@ def register(client: MlflowClient, request: Request, outcomes: Sequence[Outcome]
             client.set_registered_model_alias(name, CANDIDATE, known.version)
             return str(known.version)
     run_id = (maker.finished.record.get("tracking") or {}).get("run_id") or parent_run_id
-    _keep(client, run_id, directory)
+    keep(client, run_id, directory)
     lineage = {f"stage.{o.stage}": o.identity for o in outcomes}
     lineage |= {
         f"given.{artifact}": f"{given['directory']} sha256:{given['sha256']}"
@@ -88,19 +90,59 @@ def crown(client: MlflowClient, name: str, version: str) -> str | None:
     return before
 
 
-def _keep(client: MlflowClient, run_id: str, directory: Path) -> None:
+def keep(client: MlflowClient, run_id: str, directory: Path) -> None:
+    """Put a model directory into a run's artifacts as an MLflow model."""
     from mlflow import pyfunc
-    from mlflow.models import infer_signature
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # It would rather read the signature from type hints, which cannot say all of it.
+        warnings.simplefilter("ignore")
         path = Path(folder) / FOLDER
         pyfunc.save_model(
             path=str(path),
             python_model=str(CODE),
             artifacts={"model": str(directory)},
-            signature=infer_signature(["question"], ["answer"], params={"max_tokens": 256}),
+            signature=signature(),
+            input_example={"messages": [{"role": "user", "content": "What is 17 + 25?"}]},
             # Named, not guessed: guessing would load the model in a process of its own.
-            pip_requirements=[f"deepwright-core=={version('deepwright-core')}"],
+            pip_requirements=[f"{package}=={version(package)}" for package in ("deepwright-core", "deepwright-serve")],
         )
         client.log_artifacts(run_id, str(path), FOLDER)
+
+
+def signature() -> ModelSignature:
+    """What the registered model takes and gives: see `registered_model_code`."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, Object, Property
+
+    def with_text(*names: str) -> list[Property]:
+        return [Property(name, DataType.string) for name in names]
+
+    message = [*with_text("role", "content"), Property("reasoning_content", DataType.string, required=False)]
+    choice = [
+        Property("index", DataType.long),
+        *with_text("finish_reason"),
+        Property("message", Object(message), required=False),
+        Property("text", DataType.string, required=False),
+    ]
+    usage = [Property(name, DataType.long) for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
+    return ModelSignature(
+        inputs=Schema(
+            [
+                ColSpec(Array(Object(message)), "messages", required=False),
+                ColSpec(DataType.string, "prompt", required=False),
+            ]
+        ),
+        outputs=Schema([ColSpec(Array(Object(choice)), "choices"), ColSpec(Object(usage), "usage")]),
+        params=ParamSchema(
+            [
+                ParamSpec("max_tokens", DataType.long, 256),
+                ParamSpec("temperature", DataType.double, 0.0),
+                ParamSpec("top_p", DataType.double, 1.0),
+                # Below 0: another one each time.
+                ParamSpec("seed", DataType.long, -1),
+            ]
+        ),
+    )
