@@ -23,14 +23,19 @@ Examples:
 The last one can be given other versions while it runs: `deepwright promote --help`."""
 
 
-def _serve(source: str, block: tuple[str, ...], **options: Any) -> None:
+def _serve(source: str, block: tuple[str, ...], trace_to: str | None, trace_share: float, **options: Any) -> None:
     """Serve the model SOURCE to OpenAI clients and browsers.
 
     SOURCE is a model directory, a stage's directory, a run id of the tracker or a registered name.
     """
     from . import model_source
 
-    found = model_source.find(source, load_plugins(block))
+    plugins = load_plugins(block)
+    found = model_source.find(source, plugins)
+    if trace_to is not None:
+        from .request_traces import RequestTraces
+
+        plugins.manager.register(RequestTraces(trace_to, trace_share), name="request-traces")
     assert serve_command.callback is not None
     serve_command.callback(model=found.directory, version=found.version, **options)
 
@@ -38,7 +43,22 @@ def _serve(source: str, block: tuple[str, ...], **options: Any) -> None:
 serve = click.Command(
     "serve",
     callback=_serve,
-    params=[click.Argument(["source"]), *(each for each in serve_command.params if each.name != "model")],
+    params=[
+        click.Argument(["source"]),
+        *(each for each in serve_command.params if each.name != "model"),
+        click.Option(
+            ["--trace-to"],
+            metavar="URI",
+            help="Write requests, with their text, as traces to MLflow at this address or database.",
+        ),
+        click.Option(
+            ["--trace-share"],
+            type=float,
+            default=0.01,
+            show_default=True,
+            help="Share of the requests that is traced (1: all).",
+        ),
+    ],
     help=_serve.__doc__,
     short_help="Serve a model over HTTP, with a chat page.",
     epilog=EXAMPLES,

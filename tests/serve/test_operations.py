@@ -22,12 +22,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deepwright_core import plugins
 from deepwright_core.engine import Engine
+from deepwright_core.events import RequestEvent
 from deepwright_core.model.directory import load_model
 from deepwright_core.tokenizer import Tokenizer
 from deepwright_serve import child, logs
 from deepwright_serve.service import Service
+from deepwright_serve.telling import Teller
 
-from .conftest import service_of
+from .conftest import ScriptedEngine, service_of
 
 KEY = "a-key-that-is-long-enough"
 LONG = "on and on " * 20
@@ -175,6 +177,37 @@ def test_lines_as_text_and_exceptions_as_json(log_lines: Callable[..., Any], ser
         logging.getLogger("deepwright.serve").exception("it went %s", "wrong")
     (line,) = map(json.loads, lines())
     assert line["message"] == "it went wrong" and "OSError: no room" in line["exception"] and line["level"] == "error"
+
+
+# Plugins ---------------------------------------------------------------------------------------------
+
+
+def test_plugins_hear_of_each_request_to_a_model_and_their_failures_hurt_nobody(
+    tokenizer: Tokenizer, serve_service: Callable[[Service], Any]
+) -> None:
+    heard: list[RequestEvent] = []
+
+    def hear(event: RequestEvent) -> None:
+        heard.append(event)
+        if event.error:
+            raise OSError("the tracker is down")
+
+    engine = ScriptedEngine(lambda _: tokenizer.encode("<think>hm</think>Hello", allow_special=True), tokenizer.eos_id)
+    service = service_of(engine, tokenizer)
+    service.teller = Teller(hear)
+    with serve_service(service) as server:
+        server.client.get("/v1/models")
+        server.engine.fail = 1
+        assert server.chat("first").status_code == 500
+        assert server.chat("Mandelkern", stream=True, seed=7).status_code == 200
+    failed, done = heard
+    assert (failed.status, failed.error, failed.finish_reasons) == (500, "engine_failed", ("error",))
+    assert (done.model, done.path, done.finish_reasons) == ("tiny", "/v1/chat/completions", ("stop",))
+    assert done.request["messages"][0]["content"] == "Mandelkern" and done.request["seed"] == 7
+    assert done.answers == ({"content": "Hello", "reasoning": "hm"},)
+    assert done.completion_tokens > done.reasoning_tokens > 0
+    assert done.first_token_seconds is not None and 0 < done.first_token_seconds <= done.seconds
+    assert "Mandelkern" not in repr(done)
 
 
 # Clients that stall ---------------------------------------------------------------------------------

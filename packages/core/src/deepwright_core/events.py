@@ -61,6 +61,34 @@ class RolloutEvent:
 
 
 @dataclass(frozen=True)
+class RequestEvent:
+    """A server is done with a request to a model: answered, broken off, or its client went away.
+
+    started: seconds since 1970; all other times are seconds from then on. queue_seconds, first_token_seconds: None when
+    it never came so far. request is what was asked and answers what was said ("content", "reasoning"): other people's
+    text, which is not for logs.
+    """
+
+    request_id: str
+    path: str
+    model: str
+    tenant: str
+    status: int
+    error: str
+    started: float
+    seconds: float
+    queue_seconds: float | None
+    first_token_seconds: float | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    finish_reasons: tuple[str, ...]
+    request: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    answers: tuple[Mapping[str, str], ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
 class EvaluationEvent:
     """An evaluation is over."""
 

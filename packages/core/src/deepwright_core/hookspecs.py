@@ -13,7 +13,15 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
-    from .events import CheckpointEvent, EvaluationEvent, RolloutEvent, RunEvent, StageEvent, StepEvent
+    from .events import (
+        CheckpointEvent,
+        EvaluationEvent,
+        RequestEvent,
+        RolloutEvent,
+        RunEvent,
+        StageEvent,
+        StepEvent,
+    )
     from .registry import Registry
 
 PROJECT = "deepwright"
@@ -80,3 +88,8 @@ def deepwright_rollout_done(event: RolloutEvent) -> None:
 @hookspec
 def deepwright_evaluation_done(event: EvaluationEvent) -> None:
     """An evaluation is over."""
+
+
+@hookspec
+def deepwright_request_done(event: RequestEvent) -> None:
+    """A server is done with a request to a model. Called in a thread that holds up no request."""

@@ -49,8 +49,12 @@ def create_app(service: Service) -> Edge:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.roster.start()
+        if service.teller is not None:
+            service.teller.start()
         yield
         await service.roster.stop()
+        if service.teller is not None:
+            await asyncio.to_thread(service.teller.stop)
 
     app = FastAPI(
         title="deepwright",
@@ -149,4 +153,4 @@ def create_app(service: Service) -> Edge:
     if service.changes is not None:
         add_admin_routes(app, service, service.changes)
     app.state.service = service
-    return Edge(app, service.door, service.metrics)
+    return Edge(app, service.door, service.metrics, service.teller)

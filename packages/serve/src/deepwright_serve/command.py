@@ -27,6 +27,7 @@ import click
 import torch
 import uvicorn
 
+from deepwright_core import plugins
 from deepwright_core.engine import MAX_DRAFTS, CacheDtype
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.model.directory import find_model
@@ -43,6 +44,7 @@ from .loading import CACHE_TOKENS, Loading
 from .protocol import Prices
 from .roster import Roster
 from .service import Service
+from .telling import Teller
 
 log = logging.getLogger("deepwright.serve")
 
@@ -105,8 +107,14 @@ def serve(
         )
         roster = Roster(loading.load_with_adapters(directory, name, version, adapters or {}))
         changes = None if operator is None else GoingLive(roster, loading, admin_models, limits.drain_seconds)
-        service = Service(roster, limits, keys, local, operator, changes, prices)
+        service = Service(roster, limits, keys, local, operator, changes, prices, listeners())
         run(service, listener, address_file=address_file, end_with_stdin=end_with_stdin)
+
+
+def listeners() -> Teller | None:
+    """Tells the installed plugins of finished requests; None where none of them wants to know."""
+    hook = plugins.installed().hook.deepwright_request_done
+    return Teller(lambda event: hook(event=event)) if hook.get_hookimpls() else None
 
 
 def is_loopback(host: str) -> bool:

@@ -20,6 +20,7 @@ from .keys import OPEN_PATHS, Keys
 from .metrics import Metrics
 from .record import RequestRecord
 from .refusal import Refusal
+from .telling import Teller
 from .tenants import Tenant
 
 log = logging.getLogger("deepwright.serve.access")
@@ -96,10 +97,11 @@ def _host(value: str) -> str:
 class Edge:
     """The outermost ASGI application."""
 
-    def __init__(self, app: ASGIApp, door: Door, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, door: Door, metrics: Metrics, teller: Teller | None = None) -> None:
         self.app = app
         self.door = door
         self.metrics = metrics
+        self._teller = teller
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -142,3 +144,5 @@ class Edge:
             record.path = getattr(scope.get("route"), "path", "other")
             self.metrics.answered(record)
             log.info("", extra={"record": record})
+            if self._teller is not None:
+                self._teller.tell(record)

@@ -87,13 +87,13 @@ class Generation:
             tenant.leave(len(prompts))
             raise
         self.record.begin(self._model, prompts)
+        self.record.said = self.answers
         return self
 
     def __exit__(self, *exc: object) -> None:
         for index, ticket in enumerate(self._tickets):
             self._thread.cancel(ticket)
             self.record.finished(index, ABORTED)
-        self.record.reasoning_tokens = sum(answer.reasoning_tokens for answer in self.answers)
         self.record.tenant.leave(len(self._tickets))
 
     async def updates(self, beat: float | None = None) -> AsyncIterator[list[Update]]:

@@ -40,18 +40,20 @@ def line(record: RequestRecord) -> dict[str, Any]:
         "model": record.model,
     }
     if answers:
-        first = [answer.first_token_seconds for answer in answers if answer.first_token_seconds is not None]
-        queue = [answer.queue_seconds for answer in answers if answer.queue_seconds is not None]
         fields |= {
             "prompt_tokens": record.prompt_tokens,
-            "cached_tokens": sum(answer.cached_tokens for answer in answers),
-            "completion_tokens": sum(answer.tokens for answer in answers),
+            "cached_tokens": record.cached_tokens,
+            "completion_tokens": record.completion_tokens,
             "reasoning_tokens": record.reasoning_tokens,
-            "queue_seconds": round(max(queue), 4) if queue else None,
-            "first_token_seconds": round(min(first), 4) if first else None,
+            "queue_seconds": _rounded(record.queue_seconds),
+            "first_token_seconds": _rounded(record.first_token_seconds),
             "finish_reasons": [answer.finish_reason for answer in answers],
         }
     return {name: value for name, value in fields.items() if value not in ("", None)}
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
 
 
 class JsonLines(logging.Formatter):

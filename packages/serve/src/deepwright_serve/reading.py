@@ -53,9 +53,11 @@ def body_of(model: type[Model], limits: Limits) -> Callable[[Request], Awaitable
             )
         body = await read_body(request, limits)
         try:
-            return model.model_validate_json(body)
+            asked = model.model_validate_json(body)
         except ValidationError as error:
             raise refusal(error, model, body) from None
+        request.state.record.asked = asked
+        return asked
 
     return parse
 

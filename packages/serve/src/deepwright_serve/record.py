@@ -1,7 +1,7 @@
 """What is known of one request: who sent it, how long each part took, what it used, and how it ended.
 
 The edge makes a record for every request; a generation adds its answers. Metrics, the log line and plugins read it.
-Left out: what was asked and answered. A record holds numbers and names, so that whatever reads it can tell no text.
+What was asked and answered hangs on it for plugins only; metrics and the log read numbers and names.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deepwright_core.engine import TokenEvent
+from pydantic import BaseModel
 
+from deepwright_core.engine import TokenEvent
+from deepwright_core.events import RequestEvent
+
+from .answer import Answer
 from .metrics import Metrics, ModelMeters
 from .tenants import Tenant
 
@@ -73,8 +77,9 @@ class RequestRecord:
     seconds: float = 0.0
     error: str = ""
     model: str = ""
-    reasoning_tokens: int = 0
     answers: list[AnswerRecord] = field(default_factory=list)
+    asked: BaseModel | None = field(default=None, repr=False)
+    said: Sequence[Answer] = field(default=(), repr=False)
     _meters: ModelMeters | None = None
 
     def begin(self, model: str, prompts: Sequence[Sequence[int]]) -> None:
@@ -109,3 +114,50 @@ class RequestRecord:
     def prompt_tokens(self) -> int:
         """Of the answers together; a prompt that several of them share counts once for each."""
         return sum(answer.prompt_tokens for answer in self.answers)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts' tokens, those that the prefix cache had."""
+        return sum(answer.cached_tokens for answer in self.answers)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Of the answers together."""
+        return sum(answer.tokens for answer in self.answers)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Of the answers' tokens, those that were thinking."""
+        return sum(answer.reasoning_tokens for answer in self.said)
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """The longest that one of the answers waited for its place."""
+        return max((a.queue_seconds for a in self.answers if a.queue_seconds is not None), default=None)
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """To the first token of any answer."""
+        return min((a.first_token_seconds for a in self.answers if a.first_token_seconds is not None), default=None)
+
+    def event(self) -> RequestEvent:
+        """The record as plugins get it."""
+        return RequestEvent(
+            request_id=self.request_id,
+            path=self.path,
+            model=self.model,
+            tenant=self.tenant.name,
+            status=self.status,
+            error=self.error,
+            started=self.at,
+            seconds=self.seconds,
+            queue_seconds=self.queue_seconds,
+            first_token_seconds=self.first_token_seconds,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.completion_tokens,
+            reasoning_tokens=self.reasoning_tokens,
+            finish_reasons=tuple(answer.finish_reason for answer in self.answers),
+            request={} if self.asked is None else self.asked.model_dump(mode="json", exclude_none=True),
+            answers=tuple({"content": answer.content, "reasoning": answer.reasoning} for answer in self.said),
+        )

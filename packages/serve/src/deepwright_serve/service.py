@@ -19,6 +19,7 @@ from .refusal import Refusal
 from .roster import Roster, Served
 from .scheduling import EngineThread, Ticket
 from .structured import Compiler, Form
+from .telling import Teller
 
 # A token for somebody this recently proves as much as a probe would.
 FRESH_SECONDS = 1.0
@@ -26,7 +27,10 @@ FRESH_SECONDS = 1.0
 
 @dataclass
 class Service:
-    """What the routes work with. operator, changes: who may change what is served, and how; None: nobody."""
+    """What the routes work with. operator, changes: who may change what is served, and how; None: nobody.
+
+    teller: who tells plugins of finished requests, where there are any that listen.
+    """
 
     roster: Roster
     limits: Limits = field(default_factory=Limits)
@@ -35,6 +39,7 @@ class Service:
     operator: Keys | None = None
     changes: GoingLive | None = None
     prices: Prices | None = None
+    teller: Teller | None = None
 
     def __post_init__(self) -> None:
         self.door = Door(self.keys, self.local, operator=self.operator, header_bytes=self.limits.header_bytes)
