@@ -41,6 +41,7 @@ def test_a_port_in_use_is_one_sentence_and_status_2(
         (["--host", "no such host"], "give --api-key-file"),
         (["--api-key-file", "missing"], "missing cannot be read"),
         (["--port", "70000"], "--port"),
+        (["--price-input", "1"], "without --price-input or --price-output"),
         (["--drain-seconds", "-1"], "--drain-seconds is -1"),
         (["--device", "abacus"], "--device is 'abacus'"),
         (["--cache-dtype", "fp4"], "--cache-dtype"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from deepwright_core import plugins
 from deepwright_core.engine import Engine
 from deepwright_core.model.directory import load_model
 from deepwright_core.tokenizer import Tokenizer
+from deepwright_serve import structured
+from deepwright_serve.limits import MAX_WAITING_FORMS
+from deepwright_serve.refusal import Refusal
 from deepwright_serve.structured import Form, lark_of
 
 from .conftest import Running, running, service_of
@@ -29,7 +34,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 NAMED = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
-REGEX = r"[a-c]{2}/\d{3}"
+REGEX = r"[a-c]{2}/[0-9]{3}"
 TOOLS = [
     {"type": "function", "function": {"name": "paint", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "now"}},
@@ -70,12 +75,13 @@ def test_answers_have_their_form(nonsense: Running, fields: dict[str, Any], fits
         assert choice["finish_reason"] == "stop" and fits(choice["message"]["content"]), choice
     # The form begins where the thinking ends.
     assert reply.json()["usage"]["completion_tokens_details"]["reasoning_tokens"] >= 3
-    off = nonsense.chat(max_tokens=200, thinking={"type": "disabled"}, logprobs=True, **fields).json()["choices"][0]
+    fields = {"max_tokens": 200, "seed": 2, **fields}
+    off = nonsense.chat(thinking={"type": "disabled"}, logprobs=True, **fields).json()["choices"][0]
     assert fits(off["message"]["content"]) and off["message"]["reasoning_content"] is None
     written = b"".join(bytes(token["bytes"]) for token in off["logprobs"]["content"]).decode()
     assert written == off["message"]["content"]
-    body = {"model": "tiny", "prompt": "x", "max_tokens": 200, **fields}
-    completion = nonsense.client.post("/v1/completions", json=body).json()["choices"][0]
+    asked = {"model": "tiny", "prompt": "x", **fields}
+    completion = nonsense.client.post("/v1/completions", json=asked).json()["choices"][0]
     assert fits(completion["text"])
 
 
@@ -134,6 +140,32 @@ def test_forms_that_cost_too_much_are_refused_quickly(nonsense: Running) -> None
         error = nonsense.chat(**{field: source}).json()["error"]
         assert error["param"] == field and error["message"].startswith(f"{field}: The "), error
     assert nonsense.chat(max_tokens=2).status_code == 200
+
+
+def test_forms_are_compiled_once_and_not_more_wait_than_may(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def slowly(tokenizer: Tokenizer, kind: str, source: Any) -> object:
+        calls.append(source)
+        time.sleep(0.05)
+        return object()
+
+    monkeypatch.setattr(structured, "compile_grammar", slowly)
+
+    async def ask() -> list[Any]:
+        compiler = structured.Compiler()
+        same = [compiler.compile(tokenizer, Form("regex", "a", "f")) for _ in range(4)]
+        first = await asyncio.gather(*same)
+        others = [compiler.compile(tokenizer, Form("regex", f"b{n}", "f")) for n in range(MAX_WAITING_FORMS + 3)]
+        return [first, await asyncio.gather(*others, return_exceptions=True)]
+
+    first, others = asyncio.run(ask())
+    # Two may have begun before either was done.
+    assert calls.count("a") <= 2 and len(set(map(id, first))) <= 2
+    refused = [item for item in others if isinstance(item, Refusal)]
+    assert [item.status for item in refused] == [429] * 3
 
 
 def test_regular_expressions_inside_other_grammars() -> None:

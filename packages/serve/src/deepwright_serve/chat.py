@@ -59,6 +59,8 @@ async def answer_chat(service: Service, served: Served, http: Request, request: 
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "created": int(time.time()),
         "model": served.name,
+        # Which version answers: a client that sees another one knows why a seed gives other tokens.
+        "system_fingerprint": served.version or None,
     }
     if request.stream:
         return EventStream(generation, _chunks(generation, head, request, tokenizer), service.limits)

@@ -65,6 +65,8 @@ async def complete_text(service: Service, served: Served, http: Request, request
         "id": f"cmpl-{secrets.token_hex(12)}",
         "created": int(time.time()),
         "model": served.name,
+        # Which version answers: a client that sees another one knows why a seed gives other tokens.
+        "system_fingerprint": served.version or None,
     }
     writer = Writer(generation, request, served.tokenizer, prompts)
     if request.stream:

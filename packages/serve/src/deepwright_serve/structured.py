@@ -16,6 +16,7 @@ from deepwright_core.engine.grammar import WHITE_SPACE, GrammarKind, compile_gra
 from deepwright_core.errors import RequestError
 from deepwright_core.tokenizer import Tokenizer
 
+from .limits import MAX_WAITING_FORMS
 from .protocol import ChatRequest, CompletionRequest
 from .protocol.structured import JsonFormat, SchemaFormat
 from .refusal import Refusal
@@ -90,16 +91,28 @@ class Compiler:
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[Tokenizer, str, str], Grammar] = OrderedDict()
         self._room = asyncio.Semaphore(COMPILING_AT_ONCE)
+        self._waiting = 0
 
     async def compile(self, tokenizer: Tokenizer, form: Form) -> Grammar:
         """The grammar of a form; refuses one that means nothing, or is too much to compile."""
         key = (tokenizer, form.kind, json.dumps(form.source))
         if key not in self._kept:
-            async with self._room:
-                try:
-                    grammar = await asyncio.to_thread(compile_grammar, tokenizer, form.kind, form.source)
-                except RequestError as error:
-                    raise Refusal(400, f"{form.field}: {error}", param=form.field) from error
+            if self._waiting >= MAX_WAITING_FORMS:
+                raise Refusal(
+                    429, f"{self._waiting} forms of answers wait to be compiled; wait a moment and try again.",
+                    param=form.field, code="queue_full", headers={"Retry-After": "1"},
+                )  # fmt: skip
+            self._waiting += 1
+            try:
+                async with self._room:
+                    # Another request may have asked for the same meanwhile.
+                    grammar = self._kept.get(key) or await asyncio.to_thread(
+                        compile_grammar, tokenizer, form.kind, form.source
+                    )
+            except RequestError as error:
+                raise Refusal(400, f"{form.field}: {error}", param=form.field) from error
+            finally:
+                self._waiting -= 1
             self._kept[key] = grammar
             while len(self._kept) > COMPILED_KEPT:
                 self._kept.popitem(last=False)
