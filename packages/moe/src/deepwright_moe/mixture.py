@@ -1,7 +1,7 @@
 """DeepSeekMoE: shared experts for everyone, routed experts for the tokens that chose them (V3 report, eq. 12).
 
 No token is dropped, there is no capacity. All experts run as two grouped matrix products over rows in expert order; the
-host reads nothing on the way. Leaves out expert parallelism, which replaces the dispatch from outside.
+host reads nothing on the way. Where the experts are is a matter of the dispatch, which expert parallelism replaces.
 
 Shapes: B sequences, S tokens, T = B·S, D hidden, E experts, K experts per token, I expert width, R rows in expert
 order.
@@ -21,18 +21,18 @@ from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.correction import Correction
 from deepwright_core.model.feed_forward import Mixture, SwiGLU
 from deepwright_core.model.record import ForwardRecord
+from deepwright_core.parallel.ranks import Ranks
 from deepwright_core.registry import ComponentConfig, ComponentOf, Registry
 from deepwright_kernels import (
     ExpertOrder,
-    expert_order,
     fp8_grouped_feed_forward,
     grouped_linear,
     grouped_swiglu,
     permute,
-    unpermute,
 )
 
 from .balance import sequence_balance_loss
+from .dispatch import AllHere, Dispatch, OverRanks
 from .routing import Routing
 
 # Blocks of 128 tokens, along which FP8 gradients are quantised, must not reach from one expert into the next.
@@ -139,6 +139,7 @@ class MixtureOfExperts(nn.Module):
         self.mixture = Mixture(config.experts, config.top_k, config.shared_experts)
         self.router = router
         self.experts = Experts(config.experts, config.top_k, model.hidden_size, config.intermediate_size)
+        self.dispatch: Dispatch = AllHere(config.experts)
         self.shared = (
             SwiGLU(model.hidden_size, config.shared_experts * config.intermediate_size)
             if config.shared_experts
@@ -148,22 +149,31 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BSD: Tensor, record: ForwardRecord | None) -> Tensor:
         x_TD = x_BSD.flatten(0, 1)
         if self.shared is None:
-            out_TD, routing, order = self._routed(x_TD)
+            out_TD, routing, load_E = self._routed(x_TD)
         else:
             shared = self.shared
-            (out_TD, routing, order), shared_TD = side_by_side(
+            (out_TD, routing, load_E), shared_TD = side_by_side(
                 lambda: self._routed(x_TD), lambda: shared(x_TD), x_TD.device
             )
             out_TD = out_TD + shared_TD
         if record is not None:
-            self._report(record, routing.experts_TK, routing.scores_TE, order.counts_E, x_BSD.shape[:2])
+            self._report(record, routing.experts_TK, routing.scores_TE, load_E, x_BSD.shape[:2])
         return out_TD.view_as(x_BSD)
 
-    def _routed(self, x_TD: Tensor) -> tuple[Tensor, Routing, ExpertOrder]:
-        """What the chosen experts make of each token, and which those were."""
+    def _routed(self, x_TD: Tensor) -> tuple[Tensor, Routing, Tensor]:
+        """What the chosen experts make of each token, which those were, and how many tokens each got."""
         routing = self.router(x_TD)
-        order = expert_order(routing.experts_TK, self.config.experts, self.experts.alignment)
-        return unpermute(self.experts(x_TD, order), order, routing.weights_TK), routing, order
+        out_TD, load_E = self.dispatch(self.experts, x_TD, routing)
+        return out_TD, routing, load_E
+
+    def spread(self, ranks: Ranks) -> list[str]:
+        """Keep this rank's share of the experts (weights unset). Returns the names of the stacks that became shares."""
+        config, whole = self.config, self.experts
+        share = ranks.share(config.experts, f"ffn.experts of layer {self.layer}")
+        hidden, width = whole.down_EDI.shape[1:]
+        self.experts = Experts(len(range(config.experts)[share]), config.top_k, hidden, width)
+        self.dispatch = OverRanks(config.experts, share, ranks)
+        return [f"experts.{name}" for name, _ in self.experts.named_parameters()]
 
     def _report(
         self, record: ForwardRecord, experts_TK: Tensor, scores_TE: Tensor, load_E: Tensor, shape: torch.Size

@@ -197,7 +197,7 @@ class Engine:
         When the model fails, the error is raised, all requests are in the queue again, and the cache is empty; the
         caller tries again or cancels.
         """
-        with torch.inference_mode(), self._evaluating(), row_by_row() if self._batch_invariant else nullcontext():
+        with torch.inference_mode(), self._evaluating():
             step = self._ahead
             self._ahead = None
             try:
@@ -385,13 +385,17 @@ class Engine:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode, its GPU the present one (kernels start there); as it was afterwards."""
+        """The model in evaluation mode, its GPU the present one (kernels start there), its results in the form that was
+        asked for; as it was afterwards."""
         training = self.model.training
         if training:
             self.model.train(False)
         device = self._runner.device
         try:
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            with (
+                torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+                row_by_row() if self._batch_invariant else nullcontext(),
+            ):
                 yield
         finally:
             if training:

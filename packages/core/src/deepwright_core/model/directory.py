@@ -7,7 +7,7 @@ lie in several files with an index (`tensor_files`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -89,24 +89,37 @@ def read_config(directory: Path, registry: Registry) -> ModelConfig:
 
 
 def load_model(
-    directory: Path, registry: Registry, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    directory: Path,
+    registry: Registry,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    share: Callable[[Transformer], Mapping[str, slice]] | None = None,
 ) -> Transformer:
-    """Load a model directory, in evaluation mode. `dtype` casts the parameters (buffers stay float32)."""
+    """Load a model directory, in evaluation mode. `dtype` casts the parameters (buffers stay float32).
+
+    share: makes a rank's part of the built model, and tells which part of the first dimension of which tensors that is.
+    """
     config = read_config(directory, registry)
     files = TensorFiles(directory)
     model = build_model(registry, config)
+    parts = {} if share is None else share(model)
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
     wanted = distinct_tensors(model)
-    problems = differences(_shapes(wanted), {n: t.shape for n, t in files.tensors.items()}, str(directory))
+    stored = {name: _part(tensor.shape, parts.get(name)) for name, tensor in files.tensors.items()}
+    problems = differences(_shapes(wanted), stored, str(directory))
     if problems:
         raise RequestError(problems)
     with torch.no_grad():
         for name in sorted(wanted, key=lambda name: files.tensors[name].file):
-            wanted[name].copy_(files.read(name))
+            wanted[name].copy_(files.read(name, (parts[name],) if name in parts else ()))
     files.close()
     return model.to(device).eval()
+
+
+def _part(shape: tuple[int, ...], part: slice | None) -> tuple[int, ...]:
+    return shape if part is None else (len(range(shape[0])[part]), *shape[1:])
 
 
 def find_model(path: Path) -> Path:

@@ -82,13 +82,15 @@ class _RowByRow(TorchFunctionMode):
 @contextmanager
 def row_by_row() -> Iterator[None]:
     """Within this, results of this thread do not depend on company. May be nested."""
-    before = dispatch.instead()
+    if is_row_by_row():
+        yield
+        return
     dispatch.put_instead(operators.run)
     try:
         with _RowByRow():
             yield
     finally:
-        dispatch.put_instead(before)
+        dispatch.put_instead(None)
 
 
 def is_row_by_row() -> bool:

@@ -119,11 +119,11 @@ def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if tensors[0].is_cuda else tuple(tensor.float() for tensor in tensors)
 
 
-def rows(x_ZTK: Tensor, w_ZKN: Tensor) -> Tensor:
-    """x_ZTK times w_ZKN -> [Z, T, N]."""
+def rows(x_ZTK: Tensor, w_ZKN: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x_ZTK times w_ZKN -> [Z, T, N] in x's dtype, or in another (the sums are float32)."""
     matrices, count, inputs = x_ZTK.shape
     outputs = w_ZKN.shape[-1]
-    y_ZTN = torch.empty(matrices, count, outputs, dtype=x_ZTK.dtype, device=x_ZTK.device)
+    y_ZTN = torch.empty(matrices, count, outputs, dtype=dtype or x_ZTK.dtype, device=x_ZTK.device)
     if not y_ZTN.numel():
         return y_ZTN
     x_ZTK, w_ZKN = _operands(x_ZTK, w_ZKN)
