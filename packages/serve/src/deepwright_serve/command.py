@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -36,6 +37,7 @@ from deepwright_core.stage import write_atomically
 from . import logs, operator_key
 from .app import create_app
 from .connection import Connection
+from .expert_parallel import over_ranks, refuse_beside
 from .going_live import GoingLive
 from .keys import Keys
 from .limit_options import limit_options, take_limits
@@ -69,6 +71,7 @@ def serve(
     cache_tokens: int = CACHE_TOKENS,
     cache_dtype: CacheDtype = "auto",
     replicas: int = 1,
+    expert_parallel: int = 1,
     speculate: int = 0,
     adapters: Mapping[str, Path] | None = None,
     batch_invariant: bool = False,
@@ -100,15 +103,25 @@ def serve(
         # A server that was killed may have left one, and nobody must be sent to it.
         address_file.unlink(missing_ok=True)
     with listener:
-        if threads:
-            torch.set_num_threads(threads)
+        if threads or expert_parallel > 1:
+            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // expert_parallel))
         loading = Loading(
             device, precision, cache_tokens, cache_dtype, limits, replicas, speculate, batch_invariant=batch_invariant
         )
-        roster = Roster(loading.load_with_adapters(directory, name, version, adapters or {}))
-        changes = None if operator is None else GoingLive(roster, loading, admin_models, limits.drain_seconds)
-        service = Service(roster, limits, keys, local, operator, changes, prices, listeners())
-        run(service, listener, address_file=address_file, end_with_stdin=end_with_stdin)
+        with ExitStack() as stack:
+            ends = [standard_input_ends] if end_with_stdin else []
+            if expert_parallel > 1:
+                refuse_beside(loading, bool(adapters), operator is not None)
+                spread = over_ranks(loading, expert_parallel, directory, name, version)
+                models, followers = stack.enter_context(spread)
+                ends.append(followers.wait_for_loss)
+                stack.callback(followers.look)  # the last word, when one was lost
+            else:
+                models = loading.load_with_adapters(directory, name, version, adapters or {})
+            roster = Roster(models)
+            changes = None if operator is None else GoingLive(roster, loading, admin_models, limits.drain_seconds)
+            service = Service(roster, limits, keys, local, operator, changes, prices, listeners())
+            run(service, listener, address_file=address_file, ends=ends)
 
 
 def listeners() -> Teller | None:
@@ -212,9 +225,13 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
 
 
 def run(
-    service: Service, listener: socket.socket, *, address_file: Path | None = None, end_with_stdin: bool = False
+    service: Service,
+    listener: socket.socket,
+    *,
+    address_file: Path | None = None,
+    ends: Sequence[Callable[[], None]] = (),
 ) -> None:
-    """Run a service on a listening socket until SIGTERM, Ctrl-C or (if asked for) the end of standard input."""
+    """Run a service on a listening socket until SIGTERM, Ctrl-C or the return of one of `ends` (each has a thread)."""
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -226,8 +243,8 @@ def run(
         click.echo(f"{names} answers at {address} (chat in a browser, OpenAI clients under {address}/v1).")
 
     server = GracefulServer(uvicorn_config(service), service, ready)
-    if end_with_stdin:
-        threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
+    for wait in ends:
+        threading.Thread(target=_end_after, args=(wait, server), daemon=True).start()
     # uvicorn raises the signal again when it has shut down; having obeyed it, we end in peace.
     previous = {sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -239,11 +256,16 @@ def run(
         raise WorkError(f"The server at {address} did not start; the log above says why.")
 
 
-def _end_with_stdin(server: GracefulServer) -> None:
+def _end_after(wait: Callable[[], None], server: GracefulServer) -> None:
+    wait()
+    server.handle_exit(signal.SIGTERM, None)
+
+
+def standard_input_ends() -> None:
+    """Return when whoever holds the other end of standard input has closed it."""
     # Not sys.stdin: a thread that waits inside its buffer would hold the lock that the interpreter needs to end.
     while os.read(0, 4096):
         pass
-    server.handle_exit(signal.SIGTERM, None)
 
 
 def named_adapters(given: Sequence[str], name: str) -> dict[str, Path]:
@@ -297,6 +319,14 @@ def named_adapters(given: Sequence[str], name: str) -> dict[str, Path]:
     show_default=True,
     type=click.IntRange(0, MAX_DRAFTS),
     help="Tokens that the model's MTP modules draft in a step: the same answers, in fewer steps.",
+)
+@click.option(
+    "--expert-parallel",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="Spread the experts over N processes of this machine, each on a GPU of its own, behind one engine.",
 )
 @click.option(
     "--adapter",

@@ -6,19 +6,20 @@ How it is loaded is decided once for a server, so that a version that comes late
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from deepwright_core import plugins
-from deepwright_core.engine import CacheDtype, Engine
+from deepwright_core.engine import CacheDtype, Engine, GraphsOption
 from deepwright_core.errors import RequestError
 from deepwright_core.finetune.adapter_files import find_adapter
 from deepwright_core.model.description import describe
 from deepwright_core.model.directory import load_model, read_config
 from deepwright_core.model.transformer import Transformer
+from deepwright_core.parallel.leading import LeadingModel
 from deepwright_core.tokenizer import Tokenizer
 
 from .limits import Limits
@@ -53,7 +54,18 @@ class Loading:
         self, directory: Path, name: str, version: str, adapters: Mapping[str, Path]
     ) -> list[Served]:
         """The same, and LoRA adapters of it: a model of its own name each, all answered by the same engines."""
-        models = self._models(directory)
+        return self.put_on(self._models(directory), directory, name, version, adapters)
+
+    def put_on(
+        self,
+        models: Sequence[Transformer | LeadingModel],
+        directory: Path,
+        name: str,
+        version: str,
+        adapters: Mapping[str, Path],
+        graphs: GraphsOption = "auto",
+    ) -> list[Served]:
+        """The engines of models that are loaded, one for each, behind one name (and those of the adapters)."""
         tokenizer = Tokenizer.load(directory)
         engines = [
             Engine(
@@ -64,6 +76,7 @@ class Loading:
                 cache_dtype=self.cache_dtype,
                 batch_invariant=self.batch_invariant,
                 speculate=self.speculate,
+                graphs=graphs,
             )
             for model in models
         ]
@@ -74,7 +87,7 @@ class Loading:
             engine.warm_up()
         context = min(models[0].max_positions, engines[0].cache_capacity)
         threads = [EngineThread(engine, self.limits) for engine in engines]
-        thread = threads[0] if self.replicas == 1 else EnginePool(threads)
+        thread = threads[0] if len(threads) == 1 else EnginePool(threads)
         served = Served(name, thread, tokenizer, context, version, directory=directory)
         return [served, *(Served(each, thread, tokenizer, context, version, each, found[each]) for each in found)]
 

@@ -2,7 +2,7 @@
 
 from .engine import Engine, EngineStats
 from .grammar import Grammar, compile_grammar
-from .runner import CacheDtype
+from .runner import CacheDtype, GraphsOption
 from .scores import TokenScore
 from .sequence import Completion, SamplingParams, TokenEvent
 from .speculation import MAX_DRAFTS
@@ -15,6 +15,7 @@ __all__ = [
     "Engine",
     "EngineStats",
     "Grammar",
+    "GraphsOption",
     "SamplingParams",
     "ThinkingControl",
     "TokenEvent",

@@ -1,7 +1,7 @@
 """A rank that follows: it loads its share of the experts and makes the calls that rank 0 tells it to.
 
 `python -m deepwright_core.parallel.following TASK` is started by `leading.Followers`; TASK is JSON. It ends when rank 0
-says so, when standard input is closed (rank 0 is gone), and when a call fails.
+says so, when standard input is closed (rank 0 has ended), and when a call fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .ranks import Ranks
 
 
 def follow(task: dict[str, Any]) -> None:
-    """Be rank `task["rank"]` until there is nothing more to do."""
+    """Be rank `task["rank"]` for as long as this process lives."""
     torch.set_num_threads(task["threads"])
     device = torch.device(task["device"])
     if device.type == "cuda":
@@ -45,7 +45,6 @@ def follow(task: dict[str, Any]) -> None:
                 tokens_BQ, positions_BQ, slots_BQ, blocks_BP, lengths_B = tensors
                 batch = CacheBatch(positions_BQ, slots_BQ, blocks_BP, lengths_B, numbers[3])
                 model.extend(tokens_BQ, cache, batch)
-    ranks.leave()
 
 
 def _end_with_standard_input() -> None:

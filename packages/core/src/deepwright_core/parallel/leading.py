@@ -25,9 +25,8 @@ from ..model.cache import CacheBatch
 from ..model.transformer import Transformer
 from .ranks import Ranks
 
-OPEN, EXTEND, END = range(3)
-"""What a message to the other ranks begins with: a new cache of [slots, is FP8]; a call of [B, Q, P, block size]; that
-there is nothing more to come."""
+OPEN, EXTEND = range(2)
+"""What a message to the other ranks begins with: a new cache of [slots, is FP8]; a call of [B, Q, P, block size]."""
 MESSAGE = 5
 GOODBYE_SECONDS = 10.0
 
@@ -72,10 +71,6 @@ class LeadingModel(nn.Module):
         """float32 logits of hidden states, by this rank."""
         return self.model.logits(hidden)
 
-    def end(self) -> None:
-        """There is nothing more to come."""
-        self._say(END)
-
     def _say(self, *message: int) -> None:
         self._ranks.tell_hosts(torch.tensor([*message, *[0] * (MESSAGE - len(message))]))
 
@@ -86,8 +81,6 @@ def told(ranks: Ranks, device: torch.device) -> Iterator[tuple[int, list[int], l
         message = torch.zeros(MESSAGE, dtype=torch.int64)
         ranks.tell_hosts(message)
         kind, *numbers = message.tolist()
-        if kind == END:
-            return
         tensors: list[Tensor] = []
         if kind == EXTEND:
             batch, queries, blocks, _ = numbers
