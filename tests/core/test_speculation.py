@@ -1,11 +1,14 @@
-"""Speculative decoding: the same tokens as without, from fewer steps."""
+"""Speculative decoding: the tokens of plain decoding, from fewer steps. (With everything else at once: see
+test_engine_properties.)"""
 
 from __future__ import annotations
 
+import itertools
 import random
-from typing import Any
+from dataclasses import replace
 
 import pytest
+import torch
 
 from deepwright_core.engine import Engine, SamplingParams
 from deepwright_core.errors import RequestError
@@ -13,16 +16,12 @@ from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.transformer import Transformer, build_model
 from deepwright_core.registry import Registry
 
-VOCABULARY = 12
-SHAPES: dict[str, dict[str, int]] = {
-    "plain": {},
-    "chunked": {"block_size": 4, "max_prefill_tokens": 7},
-    "tiny cache": {"block_size": 2, "cache_tokens": 60, "max_batch": 6},
-    "one token a block and chunk": {"block_size": 1, "cache_tokens": 60, "max_prefill_tokens": 1},
-}
+VOCABULARY = 6
+PROMPT = [1, 4, 2]
 
 
-def build(registry: Registry, depth: int) -> Transformer:
+def build(registry: Registry, depth: int, agreement: float = 0.0) -> Transformer:
+    """agreement: how much of what the next token is depends on the token alone, which the modules guess right."""
     config = ModelConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -34,7 +33,16 @@ def build(registry: Registry, depth: int) -> Transformer:
         attention={"name": "gqa", "heads": 2, "kv_heads": 1, "head_dim": 8},
         ffn={"name": "dense"},
     )
-    return build_model(registry, config, seed=0).double()  # so that rounding never decides a token
+    model = build_model(registry, config, seed=0).double()  # so that rounding never decides a token
+    with torch.no_grad():
+        model.embedding.weight.mul_(1 + 9 * agreement)
+        for block in [*model.layers, *(module.block for module in model.mtp)]:
+            block.attention.o.weight.mul_(1 - agreement)  # type: ignore[union-attr]
+            block.ffn.down.weight.mul_(1 - agreement)  # type: ignore[union-attr]
+        for module in model.mtp:
+            module.projection.weight.mul_(1 - agreement)  # type: ignore[union-attr, operator]
+            module.projection.weight[:, :16] += agreement * torch.eye(16)  # type: ignore[union-attr, index]
+    return model
 
 
 def prompts() -> list[list[int]]:
@@ -46,26 +54,95 @@ def prompts() -> list[list[int]]:
     ]
 
 
-PARAMS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "sampled": {"temperature": 0.8},
-    "truncated": {"temperature": 1.5, "top_k": 6, "top_p": 0.9},
-}
+GREEDY = SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True)
+KINDS = [GREEDY, replace(GREEDY, temperature=0.8), replace(GREEDY, temperature=1.5, top_k=4, top_p=0.9)]
+MIXED = [replace(KINDS[i % 3], seed=i) for i in range(8)]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("kind", PARAMS)
-def test_tokens_are_those_of_plain_decoding(registry: Registry, depth: int, kind: str) -> None:
+def test_tokens_are_those_of_plain_decoding(registry: Registry, depth: int) -> None:
     model = build(registry, depth)
-    params = [SamplingParams(max_tokens=14, seed=i, ignore_eos=True, **PARAMS[kind]) for i in range(len(prompts()))]
-    want = [c.token_ids for c in Engine(model, 0).generate(prompts(), params)]
-    for number, shape in enumerate(SHAPES.values()):
-        engine = Engine(model, 0, speculate=1 + (number + depth) % 3, **shape)
-        for _ in range(2):  # the second time over what the first left in the cache
-            assert [c.token_ids for c in engine.generate(prompts(), params)] == want
-        stats = engine.stats
-        assert stats.cache_blocks_used == 0
-        assert 0 < stats.accepted_tokens < stats.draft_tokens
+    want = [c.token_ids for c in Engine(model, 0).generate(prompts(), MIXED)]
+    for drafts in (1, 2, 3):
+        engine = Engine(model, 0, speculate=drafts)
+        assert [c.token_ids for c in engine.generate(prompts(), MIXED)] == want
+        assert 0 < engine.stats.accepted_tokens < engine.stats.draft_tokens
+
+
+def test_drafts_that_are_right_save_steps(registry: Registry) -> None:
+    """A model in which the token alone decides: its module is never wrong, and every step gives all it can."""
+    model = build(registry, 1, agreement=1.0)
+    for params in (replace(GREEDY, max_tokens=9), replace(GREEDY, max_tokens=9, temperature=0.7)):
+        want = Engine(model, 0).generate([PROMPT], params)[0].token_ids
+        engine = Engine(model, 0, speculate=3)
+        request = engine.add(PROMPT, params)
+        steps = []
+        while engine.has_work:
+            steps.append([event.token_id for event in engine.step() if event.request_id == request])
+        assert [token for step in steps for token in step] == want
+        assert [len(step) for step in steps] == [1, 4, 4]
+        assert engine.stats.accepted_at == (2, 2, 2)
+        assert engine.stats.draft_steps == 2
+
+
+def test_what_stands_behind_a_stop_token_is_dropped(registry: Registry) -> None:
+    model = build(registry, 1, agreement=1.0)
+    whole = Engine(model, 0).generate([PROMPT], GREEDY)[0].token_ids
+    place = next(i for i in range(2, 14) if whole[i] not in whole[:i])
+    for drafts in (1, 2, 3):
+        engine = Engine(model, 0, speculate=drafts, block_size=2)
+        stopped = engine.generate([PROMPT], replace(GREEDY, stop_ids=(whole[place],)))[0]
+        assert (stopped.token_ids, stopped.finish_reason) == (whole[: place + 1], "stop")
+        assert engine.stats.generation_tokens == place + 1
+        for limit in range(1, 7):
+            cut = engine.generate([PROMPT], replace(GREEDY, max_tokens=limit))[0]
+            assert (cut.token_ids, cut.finish_reason) == (whole[:limit], "length")
+        assert engine.stats.cache_blocks_used == 0
+
+
+def test_rows_whose_next_token_hangs_on_the_host_take_no_drafts(registry: Registry) -> None:
+    model = build(registry, 1, agreement=0.9)
+    odd = [replace(GREEDY, frequency_penalty=0.7), replace(GREEDY, scores=2), replace(GREEDY, logit_bias=((3, 2.0),))]
+    wanted = [*odd, GREEDY]
+    want = Engine(model, 0).generate([PROMPT] * 4, wanted)
+    engine = Engine(model, 0, speculate=2)
+    events = {engine.add(PROMPT, params): [] for params in wanted}  # type: ignore[var-annotated]
+    most = dict.fromkeys(events, 0)
+    while engine.has_work:
+        step = engine.step()
+        for request, tokens in events.items():
+            new = [event for event in step if event.request_id == request]
+            tokens += new
+            most[request] = max(most[request], len(new))
+    assert list(most.values()) == [1, 1, 1, 3]
+    for completion, tokens in zip(want, events.values(), strict=True):
+        assert [event.token_id for event in tokens] == completion.token_ids
+    assert [event.score.token_id for event in events[1]] == want[1].token_ids
+
+
+def test_the_distribution_is_the_targets(registry: Registry) -> None:
+    """Chi-squared over all second and third tokens, drafted ones, against the model's own probabilities."""
+    model = build(registry, 1, agreement=0.5)
+    temperature, count = 1.3, 4000
+    with torch.no_grad():
+        contexts = [[*PROMPT, *more] for more in itertools.product(range(VOCABULARY), repeat=2)]
+        logits = model.logits(model(torch.tensor(contexts)))[:, len(PROMPT) - 1 :] / temperature
+    chances = logits.softmax(-1).view(VOCABULARY, VOCABULARY, 3, VOCABULARY)  # first, second, place, token
+    first_1, second_12, third_123 = chances[0, 0, 0], chances[:, 0, 1], chances[:, :, 2]
+    want_23 = torch.einsum("a,ab,abc->bc", first_1, second_12, third_123)
+
+    engine = Engine(model, 0, speculate=2, block_size=4)
+    params = SamplingParams(max_tokens=3, temperature=temperature, ignore_eos=True, seed=1)
+    drawn = [completion.token_ids for completion in engine.generate([PROMPT] * count, params)]
+    stats = engine.stats
+    assert 0.2 < stats.accepted_tokens / stats.draft_tokens < 0.9
+    have_23 = torch.zeros(VOCABULARY, VOCABULARY)
+    for _, second, third in drawn:
+        have_23[second, third] += 1
+    expected = want_23 * count
+    assert expected.min() > 3
+    statistic = float(((have_23 - expected) ** 2 / expected).sum())
+    assert statistic < 77  # 35 degrees of freedom exceed it once in 20,000
 
 
 def test_a_model_without_modules_is_refused(registry: Registry) -> None:
