@@ -27,7 +27,7 @@ from pathlib import Path
 import kernel_cases
 import torch
 from kernel_cases.case import BYTES, Case, Settings
-from kernel_cases.timing import ceilings, copy_of, peak_mebibytes, times
+from kernel_cases.timing import ceilings, copy_of, peak_mebibytes, shortest, times
 
 MACHINERY = {"case", "timing"}
 CASES: dict[str, Callable[[Settings], Iterator[Case]]] = {
@@ -104,7 +104,9 @@ def main() -> None:
     name = torch.cuda.get_device_name() if settings.gpu else f"{platform.machine()} CPU"
     limits = ceilings(settings, options.seconds)
     print(f"{name}, torch {torch.__version__}, {dtype}, {torch.get_num_threads()} threads")
-    print("ceilings: " + ", ".join(f"{rate:,.2f} {unit}" for unit, rate in limits.items()) + "\n")
+    floor = shortest(settings, options.seconds)
+    found = ", ".join(f"{rate:,.2f} {unit}" for unit, rate in limits.items())
+    print(f"ceilings: {found}; adding one to one number takes {readable(floor)}\n")
     heading = f"{'operator':36}{'shape':44}{'which':20}{'time':>12}{'rate':>9} {'':12}{'share':>6}{'host':>12}"
     print(f"{heading}{'peak MiB':>10}")
     rows: list[Row] = []
@@ -115,7 +117,13 @@ def main() -> None:
                 print(line(row, case.backend), flush=True)
     print("\n* ours, with the backend that ran")
     if options.json:
-        machine = {"device": name, "torch": torch.__version__, "dtype": str(dtype), "ceilings": limits}
+        machine = {
+            "device": name,
+            "torch": torch.__version__,
+            "dtype": str(dtype),
+            "ceilings": limits,
+            "shortest": floor,
+        }
         options.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2))
 
 

@@ -80,6 +80,12 @@ def copy_rate(settings: Settings, seconds: float) -> float:
     return 2e-9 * source.numel() / times(lambda: target.copy_(source), settings.device, seconds).device
 
 
+def shortest(settings: Settings, seconds: float) -> float:
+    """What a launch that does next to nothing takes, in milliseconds: no row can be below."""
+    number = torch.zeros((), device=settings.device)
+    return times(lambda: number.add_(1), settings.device, seconds).device
+
+
 def copy_of(amount: float, device: str) -> Run:
     """A plain copy that reads and writes `amount` bytes together: what a kernel that moves as many is up against. Small
     ones do not reach the rate of a large copy, for they end before memory is at its pace."""
