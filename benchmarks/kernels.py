@@ -124,7 +124,8 @@ def main() -> None:
             "ceilings": limits,
             "shortest": floor,
         }
-        options.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2))
+        results = {"machine": machine, "shortest": floor, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":
