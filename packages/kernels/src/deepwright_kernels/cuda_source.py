@@ -106,59 +106,60 @@ def _keep(path: Path, code: bytes) -> None:
 class Kernel:
     """A compiled kernel on one device; `launch` starts it on torch's current stream."""
 
-    def __init__(self, function: Any, shared_bytes: int, device: int) -> None:
+    def __init__(self, function: int, shared_bytes: int, device: int) -> None:
         self._function, self._shared_bytes, self._device = function, shared_bytes, device
 
     def launch(
         self,
-        grid: Sequence[int],
-        block: Sequence[int],
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
         *arguments: Tensor | TensorMap | int | float,
         early: bool = False,
     ) -> None:
-        """`grid` and `block` have three sizes. A tensor is passed as its address, an int as 32 bits, a float as
-        float32, a `TensorMap` by value (a `const __grid_constant__` parameter).
+        """A tensor is passed as its address, an int as 32 bits (or as an address, where the parameter is one), a float
+        as float32, a `TensorMap` by value (a `const __grid_constant__` parameter).
 
         `early`: it may come onto the GPU while the kernel before it on the stream still runs (programmatic dependent
         launch). It then has to wait by itself, with `griddepcontrol.wait`, before it touches what that one writes.
         """
-        from cuda.bindings import driver
-
         # Eight bytes for each argument (the driver reads as many as the parameter has) and an array of their addresses.
-        # This runs before every small kernel, so it is kept short.
+        # This runs before every small kernel, so it is kept short, and goes to the driver by ctypes, with numbers only.
         values: list[int] = []
         maps: list[tuple[int, int]] = []
         for argument in arguments:
-            if isinstance(argument, int):
-                values.append(argument)
-            elif isinstance(argument, float):
+            kind = type(argument)
+            if kind is int:
+                values.append(argument)  # type: ignore[arg-type]
+            elif kind is float:
                 values.append(_INT.unpack(_FLOAT.pack(argument))[0])
             elif isinstance(argument, TensorMap):
                 maps.append((len(values), argument.address))
                 values.append(0)
             else:
-                values.append(argument.data_ptr())
+                values.append(argument.data_ptr())  # type: ignore[union-attr]
         count = len(values)
         held = (ctypes.c_int64 * count)(*values)
         start = ctypes.addressof(held)
         addresses = (ctypes.c_int64 * count)(*range(start, start + 8 * count, 8))
         for place, address in maps:
             addresses[place] = address
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
         where = ctypes.addressof(addresses)
-        call: Any
         passed: tuple[Any, ...]
         if early:
-            config = _early_launch(tuple(grid), tuple(block), self._shared_bytes, stream)
-            call, passed = driver.cuLaunchKernelEx, (config, self._function, where, 0)
+            config = _early_launch(grid, block, self._shared_bytes, stream)
+            call, passed = _driver().cuLaunchKernelEx, (config.address, self._function, where, None)
         else:
-            call = driver.cuLaunchKernel
-            passed = (self._function, *grid, *block, self._shared_bytes, stream, where, 0)
-        result = call(*passed)
-        if int(result[0]) == NO_CONTEXT:
+            call = _driver().cuLaunchKernel
+            passed = (self._function, *grid, *block, self._shared_bytes, stream, where, None)
+        status = call(*passed)
+        if status == NO_CONTEXT:
             _use_torchs_context(self._device)
-            result = call(*passed)
-        _checked(result, "starting a CUDA kernel")
+            status = call(*passed)
+        if status:
+            from cuda.bindings import driver
+
+            raise CudaError(f"starting a CUDA kernel failed: {driver.CUresult(status)!s}.")
 
 
 def _use_torchs_context(device: int) -> None:
@@ -172,21 +173,51 @@ def _use_torchs_context(device: int) -> None:
         _checked(driver.cuCtxSetCurrent(context), "using torch's context")
 
 
-@lru_cache(maxsize=1024)
-def _early_launch(grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int, stream: int) -> Any:
-    from cuda.bindings import driver
+@cache
+def _driver() -> Any:
+    """The driver's library: cuda-bindings' calls cost the host several times as much as those of ctypes."""
+    library = ctypes.CDLL("libcuda.so.1")
+    pointer, size = ctypes.c_void_p, ctypes.c_uint
+    library.cuLaunchKernel.argtypes = [pointer, *[size] * 7, pointer, pointer, pointer]
+    library.cuLaunchKernelEx.argtypes = [pointer] * 4
+    return library
 
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid
-    config.blockDimX, config.blockDimY, config.blockDimZ = block
-    config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
-    value = driver.CUlaunchAttributeValue()
-    value.programmaticStreamSerializationAllowed = 1
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value = value
-    config.attrs, config.numAttrs = [attribute], 1
-    return config
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: a number that says which one, and room for its value."""
+
+    _fields_ = [("id", ctypes.c_int), ("value", ctypes.c_int * 17)]  # the first word of the value is padding
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+# CUlaunchAttributeID of the driver's API: the kernel before need not have ended.
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class _EarlyLaunch:
+    def __init__(self, config: _Config) -> None:
+        self._config, self.address = config, ctypes.addressof(config)
+
+
+@lru_cache(maxsize=1024)
+def _early_launch(
+    grid: tuple[int, int, int], block: tuple[int, int, int], shared_bytes: int, stream: int
+) -> _EarlyLaunch:
+    attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, (0, 1))
+    config = _Config(grid, block, shared_bytes, stream, ctypes.pointer(attribute), 1)
+    return _EarlyLaunch(config)  # a structure keeps what its pointers were made of
 
 
 @cache
@@ -203,7 +234,7 @@ def _kernel(
     if shared_bytes > UNASKED_SHARED_BYTES:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes), f"giving {name} {shared_bytes} bytes")
-    return Kernel(function, shared_bytes, device)
+    return Kernel(int(function), shared_bytes, device)
 
 
 def kernel(path: Path, name: str, defines: Mapping[str, int | str], shared_bytes: int, device: torch.device) -> Kernel:
@@ -247,7 +278,7 @@ def _described(
             f"A tensor with strides {strides} cannot be copied in tiles: its last must be 1 and the others "
             "multiples of 16 bytes."
         )
-    status = _encode()(
+    status = _driver().cuTensorMapEncodeTiled(  # which cuda-bindings would not put at a multiple of 64 bytes
         ctypes.c_void_p(address),
         _TENSOR_MAP_TYPES[dtype],
         rank,
@@ -264,9 +295,3 @@ def _described(
     if status != 0:
         raise CudaError(f"Describing a tensor of shape {list(shape)} to the copy engine failed: {status}.")
     return address, held
-
-
-@cache
-def _encode() -> Any:
-    # By ctypes and not by cuda-bindings: the map must lie at a multiple of 64 bytes, which the latter does not promise.
-    return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled

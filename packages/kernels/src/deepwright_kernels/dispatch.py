@@ -69,6 +69,9 @@ _choices: dict[str, Choice] = {}
 _functions: dict[str, dict[str, Callable[..., Any]]] = {backend: {} for backend in BUILT_IN}
 _imported: dict[str, int] = {}  # backend -> how many operators there were when it was imported
 _warned: set[tuple[str, str, str]] = set()
+# Asked before every call of an operator, and answered slowly.
+_found: dict[str, bool] = {}
+_capabilities: dict[int, tuple[int, int]] = {}
 
 
 def operator(
@@ -247,13 +250,17 @@ def _import_backend(backend: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    if module not in _found:
+        _found[module] = importlib.util.find_spec(module) is not None
+    return _found[module]
 
 
 @torch.compiler.assume_constant_result
 def capability(index: int) -> tuple[int, int]:
     """The compute capability of a CUDA device, a constant for torch.compile."""
-    return torch.cuda.get_device_capability(index)
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
 
 
 def interpreted() -> bool:

@@ -76,10 +76,13 @@ def _launch(
 
     tiles = -(-rows // ROWS)
     groups = max(1, _processors(device) // tiles)
-    # A group shares its first and its last sequence with others.
-    part_GXC = torch.empty((2 * groups, rows, latent), dtype=torch.float32, device=device)
-    weight_GX = torch.empty((2 * groups, rows), dtype=torch.float32, device=device)
-    plan_B2 = torch.empty((batch, 2), dtype=torch.int32, device=device)
+    # A group shares its first and its last sequence with others: outputs in parts, their weights, and who has which. In
+    # one piece of memory, because asking for each costs the host as much as a check of them all.
+    lines = 2 * groups * rows
+    workspace = torch.empty(lines * (latent + 1) + 2 * batch, dtype=torch.float32, device=device)
+    parts = workspace.data_ptr()
+    weights = parts + 4 * lines * latent
+    plan = weights + 4 * lines
     decode, combine = _kernels(blocks_BP.dtype, positions_BQ.dtype, lengths_B.dtype, device)
     decode.launch(
         (tiles * groups, 1, 1),
@@ -91,9 +94,9 @@ def _launch(
         positions_BQ,
         lengths_B,
         out_BQHC,
-        part_GXC,
-        weight_GX,
-        plan_B2,
+        parts,
+        weights,
+        plan,
         batch,
         queries,
         heads,
@@ -104,7 +107,7 @@ def _launch(
         scale * LOG2_E,  # the kernel works in powers of two
     )
     slices = max(1, min(rows, COMBINE_BLOCKS_PER_PROCESSOR * _processors(device) // batch))
-    combine.launch((batch, slices, 1), (latent // 2, 1, 1), part_GXC, weight_GX, plan_B2, out_BQHC, rows, early=True)
+    combine.launch((batch, slices, 1), (latent // 2, 1, 1), parts, weights, plan, out_BQHC, rows, early=True)
     return out_BQHC
 
 
