@@ -52,21 +52,6 @@ def _why_not_gathered(q_latent_BQHC: Tensor, q_rope_BQHR: Tensor, cache_NW: Tens
     return None if cache_NW.is_contiguous() else "its blocks are rows of a cache that is contiguous"
 
 
-# With so few (query, head) rows over so many tokens reading the cache is all, and Triton's equal shares win (4.09 TB/s
-# against 3.98 over 128 x 8192, and more where lengths differ). The kernel for Hopper has the faster products and is the
-# quicker to start.
-FEW_ROWS, MANY_TOKENS = 16, 2**17
-
-
-def _order(q_latent_BQHC: Tensor, *others: Any) -> tuple[str, ...]:
-    if others:
-        _, queries, heads, _ = q_latent_BQHC.shape
-        blocks_BP, block_size = others[2], others[5]
-        if queries * heads <= FEW_ROWS and blocks_BP.numel() * block_size >= MANY_TOKENS:
-            return ("triton", "cuda", "reference")
-    return ("cuda", "triton", "reference")
-
-
 def _elsewhere(q_latent_BQHC: Tensor, *others: Any) -> tuple[str, ...]:
     gathered = not others or _why_not_gathered(q_latent_BQHC, *others) is None
     return ("torch", "reference") if gathered else ("reference",)
@@ -80,7 +65,7 @@ dispatch.operator(
         "torch": f"{__name__}.gathered:mla_paged_decode",
         "cuda": f"{__name__}.hopper:mla_paged_decode",
     },
-    cuda=_order,
+    cuda=("cuda", "triton", "reference"),
     elsewhere=_elsewhere,
     needs={"cuda": _why_not_hopper, "triton": _why_not_triton, "torch": _why_not_gathered},
 )
