@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepwright_core.errors import RequestError
 from deepwright_core.tokenizer import StreamDecoder, Tokenizer
 
 from .protocol import ChatRequest
 from .protocol.tools import NamedTool, Tool
+from .refusal import Refusal
 from .structured import Form, lark_of, lark_of_json
 
 ANY_TEXT = r"/(.|\n)*/"
@@ -27,10 +27,10 @@ def require_marks(tokenizer: Tokenizer) -> None:
     """Refuse tools where the tokenizer has no marks for calls."""
     missing = [tokenizer.spelling[mark] for mark in MARKS if mark not in tokenizer.marks]
     if missing:
-        raise RequestError(
-            f"tools cannot be used with this model: its tokenizer has no {', '.join(missing)}, which calls are "
-            "written with. Leave tools out."
-        )
+        raise Refusal(
+            400, f"tools cannot be used with this model: its tokenizer has no {', '.join(missing)}, which calls are "
+            "written with. Leave tools out.", param="tools",
+        )  # fmt: skip
 
 
 # What an answer may be ----------------------------------------------------------------------------------
@@ -53,13 +53,13 @@ class Calling:
 def calling(request: ChatRequest, tokenizer: Tokenizer, form: Form | None) -> Calling:
     """What `tools`, `tool_choice` and `parallel_tool_calls` come to. form: of an answer in text.
 
-    A demanded call is a grammar: the marks by id, a name, and arguments that are valid against the function's schema.
-    Where the model chooses, its calls are free, unless a function is `strict`; its text keeps to `form` in any case.
+    The tokenizer has the marks of calls, if there are tools. A demanded call is a grammar: the marks by id, a name, and
+    arguments that are valid against the function's schema. Where the model chooses, its calls are free, unless a
+    function is `strict`; its text keeps to `form` in any case.
     """
     tools = request.tools or []
     if not tools:
         return Calling(form=form)
-    require_marks(tokenizer)
     if request.tool_choice == "none":
         return Calling(bans=(tokenizer.mark_id("tool_calls_begin"),), form=form)
     several = request.parallel_tool_calls is not False

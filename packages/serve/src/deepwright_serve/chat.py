@@ -14,7 +14,7 @@ from deepwright_core.chat import opens_thinking
 from deepwright_core.tokenizer import Tokenizer
 
 from .answer import Answer, Delta
-from .calls import calling, require_marks
+from .calls import calling
 from .generation import Generation, Update, finish
 from .prompt import chat_prompt
 from .protocol import AnswerMessage, ChatChoice, ChatChunk, ChatReply, ChatRequest
@@ -32,12 +32,9 @@ async def answer_chat(service: Service, served: Served, http: Request, request: 
     """POST /v1/chat/completions."""
     service.require_room_at_all(served, request.choices)
     tokenizer = served.tokenizer
-    tools = request.tools or []
-    if tools:
-        require_marks(tokenizer)
     prompt = await asyncio.to_thread(
         chat_prompt, tokenizer, request.messages,
-        tools=tools, thinking=request.thinking_mode, continues=request.continues,
+        tools=request.tools or (), thinking=request.thinking_mode, continues=request.continues,
     )  # fmt: skip
     length = answer_length(served, service.limits, prompt, request.length, "messages")
     opened = opens_thinking(tokenizer, prompt)
@@ -51,7 +48,7 @@ async def answer_chat(service: Service, served: Served, http: Request, request: 
         scores=request.scores,
         prompt_scores=request.prompt_logprobs,
         thinking=thinking_control(request, tokenizer, opened=opened, max_tokens=length, formed=way.form is not None),
-        grammar=None if way.form is None else await service.grammar(served, way.form),
+        grammar=None if way.form is None else await service.compiler.compile(tokenizer, way.form),
     )
     answers = [Answer(tokenizer, stops=request.stops, thinking=opened, calls=way.possible) for _ in params]
     generation = Generation(served, [prompt] * len(params), params, answers, http.state.record, service.prices)

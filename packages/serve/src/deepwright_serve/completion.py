@@ -41,7 +41,7 @@ async def complete_text(service: Service, served: Served, http: Request, request
     service.require_room_at_all(served, request.choices * len(request.prompts))
     encoded = await asyncio.to_thread(lambda: [_encode(served.tokenizer, prompt) for prompt in request.prompts])
     form = form_of(request)
-    grammar = None if form is None else await service.grammar(served, form)
+    grammar = None if form is None else await service.compiler.compile(served.tokenizer, form)
     of_prompt = [request.prompt_logprobs, request.logprobs if request.echo else None]
     prompts, params = [], []
     for prompt in encoded:

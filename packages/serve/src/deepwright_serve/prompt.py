@@ -12,6 +12,7 @@ from typing import Any
 from deepwright_core.chat import Thinking, opens_thinking
 from deepwright_core.tokenizer import Tokenizer
 
+from .calls import require_marks
 from .protocol.chat import AssistantMessage, Message, SystemMessage, ToolMessage, text_of
 from .protocol.tools import Tool
 from .refusal import Refusal
@@ -27,6 +28,8 @@ def chat_prompt(
     add_generation_prompt: bool = True,
 ) -> list[int]:
     """Ids of a conversation. continues: its last message, when the answer is to go on with that."""
+    if tools:
+        require_marks(tokenizer)
     conversation = [_plain(message) for message in in_order_of_calls(messages[:-1] if continues else messages)]
     # `strict` is for the grammar; the model was not trained to read it.
     described = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools] or None

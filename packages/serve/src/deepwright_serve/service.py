@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from deepwright_core.engine import Grammar, SamplingParams
+from deepwright_core.engine import SamplingParams
 
 from .edge import Door
 from .going_live import GoingLive
@@ -18,7 +18,7 @@ from .protocol import ModelCard, Prices
 from .refusal import Refusal
 from .roster import Roster, Served
 from .scheduling import EngineThread, Ticket
-from .structured import Compiler, Form
+from .structured import Compiler
 from .telling import Teller
 
 # A token for somebody this recently proves as much as a probe would.
@@ -44,7 +44,7 @@ class Service:
     def __post_init__(self) -> None:
         self.door = Door(self.keys, self.local, operator=self.operator, header_bytes=self.limits.header_bytes)
         self.metrics = Metrics(self._threads)
-        self._compiler = Compiler()
+        self.compiler = Compiler()
         self._probes: dict[EngineThread, asyncio.Task[None]] = {}
 
     def _threads(self) -> list[tuple[str, Engines]]:
@@ -53,10 +53,6 @@ class Service:
         for served in self.roster.models():
             names.setdefault(served.thread, served.name)
         return [(name, thread) for thread, name in names.items()]
-
-    async def grammar(self, served: Served, form: Form) -> Grammar:
-        """The grammar of a form; refuses one that means nothing, or is too much to compile."""
-        return await self._compiler.compile(served.tokenizer, form)
 
     @property
     def first(self) -> str:

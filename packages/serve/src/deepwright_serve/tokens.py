@@ -5,7 +5,6 @@ Both agree with the other routes: a prompt has the ids that a completion would s
 
 from __future__ import annotations
 
-from .calls import require_marks
 from .prompt import chat_prompt
 from .protocol import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
 from .refusal import Refusal
@@ -20,8 +19,6 @@ def to_tokens(served: Served, request: TokenizeRequest) -> TokenizeReply:
         begin = () if request.add_special_tokens is False else tokenizer.begin_ids
         ids = [*begin, *tokenizer.encode(request.prompt or "")]
     else:
-        if request.tools:
-            require_marks(tokenizer)
         ids = chat_prompt(
             tokenizer,
             request.messages,
