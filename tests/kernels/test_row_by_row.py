@@ -23,6 +23,7 @@ from deepwright_kernels import (
     rotary,
     rotary_tail,
     route,
+    token_race,
     unpermute,
 )
 from deepwright_kernels.row_by_row import is_row_by_row, row_by_row
@@ -109,6 +110,19 @@ def test_a_mixture(scoring: str) -> None:
     x_TD = torch.randn(ROWS, 24)
     got, _ = assert_rows_are_their_own(mixture, x_TD, logits_TE)
     torch.testing.assert_close(got, mixture(x_TD, logits_TE)[0], atol=1e-3, rtol=1e-4)
+
+
+def test_drawing() -> None:
+    logits_BV, temperature_B = 3 * torch.randn(ROWS, 37), torch.rand(ROWS).round(decimals=1)
+    seed_B, position_B = torch.randint(1 << 40, (2, ROWS))
+
+    def drawn(*rows: Tensor) -> tuple[Tensor, Tensor]:
+        return token_race(*rows, 1e-5, True)
+
+    rows = (logits_BV, temperature_B, seed_B, position_B)
+    token_B, logprob_B = assert_rows_are_their_own(drawn, *rows)
+    assert torch.equal(token_B, drawn(*rows)[0])
+    torch.testing.assert_close(logprob_B, drawn(*rows)[1])
 
 
 def paged(lengths: list[int], width: int, size: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from .. import dispatch
 from ..latent_cache_write.reference import store
 from ..rotary import reference as rotary
 from ..route import reference as route
+from ..token_race import reference as token_race
 from . import attention, products
 
 
@@ -88,6 +89,20 @@ def _grouped_swiglu(x_TD: Tensor, gate_up_EID: Tensor, order_R: Tensor, place_TK
     return functional.silu(gate_RI) * up_RI  # seen by the context, which is open here
 
 
+def _token_race(logits_BV: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    if logits_BV.is_cuda:
+        return dispatch.load("token_race", "triton")(logits_BV, *others)
+    *of_rows, greedy_below, any_random = others
+    drawn = [
+        token_race.token_race(logits_BV[row], *(column[row] for column in of_rows), greedy_below, any_random)
+        for row in (slice(row, row + 1) for row in range(len(logits_BV)))
+    ]
+    if not drawn:
+        return token_race.token_race(logits_BV, *others)
+    token_B, logprob_B = (torch.cat(column) for column in zip(*drawn, strict=True))
+    return token_B, logprob_B
+
+
 FORMS: dict[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
@@ -97,6 +112,7 @@ FORMS: dict[str, Callable[..., Any]] = {
     "mla_paged_decode": attention.mla_paged_decode,
     "context_attention": attention.context_attention,
     "route": route.route,
+    "token_race": _token_race,
     "expert_order": _by("triton", "reference", "expert_order"),
     "permute": _by("triton", "torch", "permute"),
     "unpermute": _unpermute,
