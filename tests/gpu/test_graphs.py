@@ -10,6 +10,7 @@ import torch
 
 from deepwright_core.engine import Completion, Engine, SamplingParams
 from deepwright_core.engine.graphs import Graphs
+from deepwright_core.engine.runner import ModelRunner
 from deepwright_core.model.config import ModelConfig, MtpConfig
 from deepwright_core.model.transformer import Transformer, build_model
 from deepwright_core.plugins import installed
@@ -66,14 +67,19 @@ def test_graphs_give_the_same_tokens_and_the_same_cache(served: Transformer, cou
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(max_tokens=24, top_p=0.9, ignore_eos=True)])
-def test_unequal_requests_that_come_and_go(params: SamplingParams) -> None:
-    """Rows are padded, leave, move up and are preempted. In float32, where a padded product gives the same tokens."""
+def test_unequal_requests_that_come_and_go(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are padded, leave, move up and are preempted, and steps run ahead of their reading. In float32, where a
+    padded product gives the same tokens."""
     exact = model(MLA, torch.float32)
     lengths = [params.max_tokens - i % 11 for i in range(21)]
     wanted = [SamplingParams(**{**vars(params), "max_tokens": n, "seed": i}) for i, n in enumerate(lengths)]
     results = []
     for graphs in ("auto", "off"):
-        engine = Engine(exact, 0, graphs=graphs, max_batch=13, cache_tokens=11 * 64, max_prefill_tokens=100)
+        if graphs == "off":
+            monkeypatch.setattr(ModelRunner, "runs_ahead", False)
+        engine = Engine(
+            exact, 0, graphs=graphs, max_batch=13, block_size=16, cache_tokens=50 * 16, max_prefill_tokens=100
+        )
         results.append(engine.generate(prompts(21), wanted))
         assert engine.stats.cache_blocks_used == 0
         assert engine.stats.preemptions > 0
@@ -122,12 +128,18 @@ def test_speculation_through_graphs(params: SamplingParams, drafts: int) -> None
 
 
 def test_fp8_cache() -> None:
+    """Its kernel shares work out by the table's width, which graphs pad: results agree to rounding."""
     served = model(MLA)
     with_graphs, without = (
         Engine(served, 0, graphs=graphs, max_batch=8, cache_dtype="fp8").generate(prompts(8), GREEDY)
         for graphs in ("auto", "off")
     )
-    assert with_graphs == without
+    for a, b in zip(with_graphs, without, strict=True):
+        same = next((i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)) if x != y), 24)
+        assert a.logprobs[:same] == pytest.approx(b.logprobs[:same], abs=0.05)
+        if same < 24:  # two tokens were about as probable
+            assert a.logprobs[same] == pytest.approx(b.logprobs[same], abs=0.05)
+    assert sum(a.token_ids == b.token_ids for a, b in zip(with_graphs, without, strict=True)) >= 4
 
 
 def test_weights_that_change_in_place_and_weights_that_move(served: Transformer) -> None:

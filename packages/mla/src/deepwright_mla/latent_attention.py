@@ -132,7 +132,13 @@ class LatentAttention(nn.Module):
             self.kv_b(latent_BLC).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.value_dim], -1)
         )
         shared_BLHR = rope_BLR[:, :, None].expand(-1, -1, self.heads, -1)
-        return torch.cat([k_BLHP, shared_BLHR], -1), v_BLHV
+        if torch.is_grad_enabled():
+            return torch.cat([k_BLHP, shared_BLHR], -1), v_BLHV
+        # Two copies: a GPU's `cat` takes four times as long over rows of this kind.
+        k_BLHK = k_BLHP.new_empty(*k_BLHP.shape[:-1], self.nope_dim + self.rope_dim)
+        k_BLHK[..., : self.nope_dim] = k_BLHP
+        k_BLHK[..., self.nope_dim :] = shared_BLHR
+        return k_BLHK, v_BLHV
 
     def _cached(self, rows_BLW: Tensor) -> Tensor:
         """What `_latents` gave for these rows of the cache, unpacked if it holds FP8 latents."""

@@ -466,9 +466,9 @@ class ModelRunner:
         self._blocks_RP[span] = self._tensor(blocks_BP)
         self._length_R[span] = self._tensor([len(sequence) for sequence in joined])
         sampling = self._sampling_R
-        sampling.temperature_B[span] = torch.tensor([p.temperature for p in params], device=self.device)
-        sampling.top_p_B[span] = torch.tensor([p.top_p for p in params], device=self.device)
-        sampling.min_p_B[span] = torch.tensor([p.min_p for p in params], device=self.device)
+        sampling.temperature_B[span] = self._tensor([p.temperature for p in params], np.float32)
+        sampling.top_p_B[span] = self._tensor([p.top_p for p in params], np.float32)
+        sampling.min_p_B[span] = self._tensor([p.min_p for p in params], np.float32)
         sampling.top_k_B[span] = self._tensor([min(p.top_k, 1 << 31) for p in params])
         sampling.seed_B[span] = self._tensor([signed_seed(p.seed) for p in params])
 
@@ -487,6 +487,9 @@ class ModelRunner:
             *(self._speculation.columns() if self._speculation is not None else ()),
         ]
 
-    def _tensor(self, values: Any) -> Tensor:
-        """int64 on the model's device."""
-        return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(self.device, non_blocking=True)
+    def _tensor(self, values: Any, dtype: type = np.int64) -> Tensor:
+        """On the model's device, whose work so far the host does not wait for: that takes pinned memory."""
+        on_host = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
+        if self.device.type == "cuda":
+            on_host = on_host.pin_memory()
+        return on_host.to(self.device, non_blocking=True)

@@ -90,44 +90,42 @@ class Scheduler:
         if self.drafts:
             room = [sequence.room(self.block_size) - len(sequence) for sequence in plan.decode]
             plan.drafted = [max(0, min(places, self.drafts)) for places in room]
+        # Who admits right after it had to preempt would preempt again at the next step.
+        self._fill(plan, admits=self.preemptions == preemptions)
+        return plan
+
+    def plan_ahead(self, plan: Plan) -> Plan | None:
+        """The step behind `plan`, before anybody knows what that draws; None where there is nothing to do for sure, or
+        not enough blocks.
+
+        Who reaches its limit with the token that is not known yet is not in it. Who ends with it for another reason is
+        in it all the same; `commit` passes it over.
+        """
+        rows = [s for s in plan.rows if s.request_id in self.admitted and len(s.tokens) + 1 < s.limit]
+        growing = [s for s in rows if len(s.tokens) + 1 > len(s.blocks) * self.block_size]
+        if self.manager.available < len(growing):
+            return None
+        self._publish_generated()
+        ahead = Plan(rows, self._lengthen(growing))
+        self._fill(ahead, admits=True)
+        return ahead if ahead.rows or ahead.chunks else None
+
+    def _fill(self, plan: Plan, admits: bool) -> None:
+        """Add what is prefilled beside the decoding rows."""
         budget = self.max_prefill_tokens
         fresh: dict[int, int] = {}  # block that this step fills -> level of the chunk that fills it
         if len(self.admitted) > len(self.decoding):
             for sequence in self.admitted.values():
-                if budget > 0 and not sequence.decoding:
+                if budget > 0 and not sequence.decoding and sequence.computed < len(sequence):
                     budget -= self._prefill(sequence, budget, 0, plan, fresh)
-        # Who admits right after it had to preempt would preempt again at the next step.
-        if self.preemptions == preemptions:
-            while budget > 0 and self.waiting and len(self.admitted) < self.max_batch:
-                sequence = self.waiting[0]
-                if not self._admit(sequence):
-                    break
-                self.waiting.popleft()
-                level = 1 + max((fresh.get(block, -1) for block in sequence.blocks), default=-1)
-                budget -= self._prefill(sequence, budget, level, plan, fresh)
+        while admits and budget > 0 and self.waiting and len(self.admitted) < self.max_batch:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            self.waiting.popleft()
+            level = 1 + max((fresh.get(block, -1) for block in sequence.blocks), default=-1)
+            budget -= self._prefill(sequence, budget, level, plan, fresh)
         plan.rows = plan.decode + plan.joined
-        return plan
-
-    def plan_ahead(self, plan: Plan) -> Plan | None:
-        """The step behind `plan`, before anybody knows what that draws: its rows once more.
-
-        None where more than that may be due: someone waits, prefills, reaches its limit, or there is no block left.
-        Who ends with the token that is not known yet is in the step all the same; `commit` passes it over.
-        """
-        rows = [sequence for sequence in plan.rows if sequence.request_id in self.admitted]
-        if self.waiting or not rows or len(rows) < len(self.admitted):
-            return None
-        if any(len(sequence.tokens) + 1 >= sequence.limit for sequence in rows):
-            return None
-        growing = [s for s in rows if len(s.tokens) + 1 > len(s.blocks) * self.block_size]
-        if self.manager.available < len(growing):
-            return None
-        grown = [(sequence, len(sequence.blocks)) for sequence in growing]
-        for sequence, block in zip(growing, self.manager.allocate(len(growing)), strict=True):
-            sequence.blocks.append(block)
-        ahead = Plan(rows, grown)
-        ahead.rows = rows
-        return ahead
 
     def commit(self, plan: Plan, drawn: list[list[Drawn]]) -> list[TokenEvent]:
         """Append the tokens drawn for each of `plan.rows`, and let go of the sequences that they finish.
@@ -214,12 +212,8 @@ class Scheduler:
             self._preempt(victim)
             if victim in growing:
                 growing.remove(victim)
-        for sequence in self.decoding:
-            if (len(sequence.tokens) - max(1, self.lookahead)) // size > sequence.published:
-                self._publish(sequence, len(sequence.tokens) - 1)
-        grown = [(sequence, len(sequence.blocks)) for sequence in growing]
-        for sequence, block in zip(growing, manager.allocate(len(growing)), strict=True):
-            sequence.blocks.append(block)
+        self._publish_generated()
+        grown = self._lengthen(growing)
         if self.drafts:
             # What the modules write for drafts may lie up to 2 · drafts - lookahead positions behind the last token.
             ahead = 2 * self.drafts - self.lookahead
@@ -230,6 +224,19 @@ class Scheduler:
                     grown.append((sequence, len(sequence.blocks)))
                     sequence.blocks += manager.allocate(missing)
         return grown
+
+    def _publish_generated(self) -> None:
+        """Offer the blocks that generated tokens have filled."""
+        for sequence in self.decoding:
+            if (len(sequence.tokens) - max(1, self.lookahead)) // self.block_size > sequence.published:
+                self._publish(sequence, len(sequence.tokens) - 1)
+
+    def _lengthen(self, sequences: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """Give each a block; returns them with the place of that."""
+        lengthened = [(sequence, len(sequence.blocks)) for sequence in sequences]
+        for sequence, block in zip(sequences, self.manager.allocate(len(sequences)), strict=True):
+            sequence.blocks.append(block)
+        return lengthened
 
     def _admit(self, sequence: Sequence) -> bool:
         """Take blocks for all tokens of a waiting sequence, sharing what the cache knows. False: not enough room."""
