@@ -15,7 +15,7 @@ from deepwright_core.model.transformer import build_model
 from deepwright_core.plugins import Plugins, installed
 from deepwright_core.registry import parse
 from deepwright_core.stage import Stage
-from flows import compose, fingerprint, form_fields, given_digests, plan, request
+from flows import compose, fingerprint, form_fields, given_digests, mlflow_tracker, plan, request
 
 VALUES: dict[str, Any] = {
     "hidden_size": 8,
@@ -300,3 +300,19 @@ def test_without_a_given_model_everything_is_as_it_was(make: Make) -> None:
     assert names_of(asked.stages) == ["prepare", "pretrain", "sft", "rl", "distill", "serve"]
     assert not any(stage.given for stage in asked.stages)
     assert asked.composed["model"]["init"] == "" and asked.composed["finetune"] == {"name": "full"}
+
+
+def test_a_registered_name_leads_to_its_directory(make: Make, base: Path, database: bytes, tmp_path: Path) -> None:
+    root = tmp_path / "elsewhere"
+    (root / "mlflow").mkdir(parents=True)
+    (root / "mlflow" / "mlflow.db").write_bytes(database)
+    client = mlflow_tracker.client_at(root, "")
+    run = client.create_run("0", tags={"deepwright.directory": str(base), "deepwright.stage": "rl"})
+    client.create_registered_model("ours")
+    client.create_model_version("ours", str(base), run.info.run_id)
+    client.set_registered_model_alias("ours", "candidate", "1")
+    for name in ("ours@candidate", "models:/ours/1", run.info.run_id):
+        asked = make("serve", f"model.init={name}", f"paths.root={root}")
+        assert asked.sections["model"].init == str(base) and asked.composed["model"]["init"] == str(base)
+    with pytest.raises(RequestError, match=r"model\.init: 'ours@nobody' is not known to the tracker"):
+        make("serve", "model.init=ours@nobody", f"paths.root={root}")

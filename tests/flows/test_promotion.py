@@ -23,6 +23,7 @@ from deepwright_core.stage import StageResult
 from deepwright_core.tasks import Problem, dump_problems
 from deepwright_core.tokenizer import Tokenizer
 from deepwright_serve.check import Check
+from deepwright_serve.command import serve_command
 from deepwright_serve.going_live import GoingLive
 from deepwright_serve.keys import Keys
 from deepwright_serve.limits import Limits
@@ -30,7 +31,7 @@ from deepwright_serve.loading import Loading
 from deepwright_serve.roster import Roster, Served
 from deepwright_serve.scheduling import EngineThread
 from deepwright_serve.service import Service
-from flows import mlflow_tracker, promotion, registered_model
+from flows import cli, mlflow_tracker, promotion, registered_model
 from flows.promotion import Promotion, Wish
 from flows.stage_directory import StageDirectory
 
@@ -286,6 +287,18 @@ def test_the_flow_shows_before_and_after(
     runs = httpx.post(f"{prefect_api}/flow_runs/filter", json={"flows": {"name": {"any_": ["promote"]}}}).json()
     assert sorted(run["state_type"] for run in runs) == ["COMPLETED", "FAILED"]
     assert "the-operators-own-key" not in str(runs)
+
+
+def test_serve_takes_every_name(registry: Callable[[str], Registry], monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = registry("right")
+    monkeypatch.setenv("DEEPWRIGHT_ROOT", str(ours.root))
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(serve_command, "callback", lambda **options: seen.append(options))
+    names = ["deepwright@champion", "models:/deepwright/1", str(ours.directory("1").parent)]
+    assert [cli.call(["serve", name, "--port", "0"]) for name in names] == [0, 0, 0]
+    assert {options["model"] for options in seen} == {ours.directory("1")}
+    assert [options["version"] for options in seen] == ["1", "1", ""] and seen[0]["port"] == 0
+    assert cli.call(["serve", "deepwright@nobody"]) == 2 and cli.call(["serve"]) == 2
 
 
 def test_crowning(registry: Callable[[str], Registry]) -> None:
