@@ -145,6 +145,13 @@ def test_the_distribution_is_the_targets(registry: Registry) -> None:
     assert statistic < 77  # 35 degrees of freedom exceed it once in 20,000
 
 
+def test_with_rows_one_by_one_even_the_log_probabilities_are_the_same(registry: Registry) -> None:
+    model = build(registry, 2).float()
+    plain, speculating = (Engine(model, 0, batch_invariant=True, speculate=drafts) for drafts in (0, 3))
+    want, have = (engine.generate(prompts(), MIXED) for engine in (plain, speculating))
+    assert [(c.token_ids, c.logprobs) for c in have] == [(c.token_ids, c.logprobs) for c in want]
+
+
 def test_a_model_without_modules_is_refused(registry: Registry) -> None:
     with pytest.raises(RequestError, match="speculate is 1, and the model has no MTP module"):
         Engine(build(registry, 0), 0, speculate=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepwright_core import plugin as core
-from deepwright_core.engine import Engine, SamplingParams
+from deepwright_core.engine import CacheDtype, Engine, SamplingParams
 from deepwright_core.errors import RequestError
 from deepwright_core.model.attention import Rope
 from deepwright_core.model.config import ModelConfig
@@ -149,3 +149,34 @@ def test_a_cache_of_fp8_latents_answers_nearly_the_same_from_fewer_bytes(monkeyp
 def test_an_fp8_cache_needs_whole_groups_of_latents(model: Transformer) -> None:
     with pytest.raises(RequestError, match=r"layers \[0, 1\] has no FP8 cache .*multiple of 128"):
         Engine(model, 0, cache_dtype="fp8")
+
+
+@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
+def test_drafts_over_a_latent_cache_change_no_token(cache_dtype: CacheDtype) -> None:
+    """Verified absorbed, filled expanded; the modules' layers have a latent cache of the same form."""
+    registry = Registry()
+    core.deepwright_register(registry)
+    mla.deepwright_register(registry)
+    sizes = {"heads": 4, "kv_lora_rank": 128, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    config = ModelConfig(
+        vocab_size=8,
+        hidden_size=32,
+        layers=2,
+        intermediate_size=64,
+        max_positions=64,
+        init_std=0.2,
+        mtp={"depth": 2},
+        attention={"name": "mla", **sizes},
+        ffn={"name": "dense"},
+    )
+    model = build_model(registry, config, seed=0)
+    given = [[token % 8 for token in prompt] for prompt in prompts()]
+    params = SamplingParams(max_tokens=12, temperature=0.5, ignore_eos=True)
+    want = Engine(model, 0, cache_dtype=cache_dtype).generate(given, params)
+    for drafts in (1, 3):
+        engine = Engine(model, 0, cache_dtype=cache_dtype, speculate=drafts, block_size=4, max_prefill_tokens=11)
+        assert len({layer_NW.shape for layer_NW in engine._runner.cache}) == 1
+        assert len(engine._runner.cache) == 2 + min(drafts, 2)
+        have = engine.generate(given, params)
+        assert [completion.token_ids for completion in have] == [completion.token_ids for completion in want]
+        assert 0 < engine.stats.accepted_tokens < engine.stats.draft_tokens
