@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
+from torch import Tensor, nn
 
 from deepwright_kernels.row_by_row import row_by_row
 
 from ..errors import RequestError, WorkError
+from ..model.directory import replace_weights
 from .adapters import Adapters
 from .block_manager import BlockManager
 from .runner import CacheDtype, GenerationModel, GraphsOption, ModelRunner, RunningStep
@@ -257,12 +259,22 @@ class Engine:
         The prefix cache is dropped; requests under way keep their tokens and are prefilled again. Adapters were
         trained on the weights before: drop them first.
         """
-        if self._adapters:
-            names = ", ".join(self._adapters.names)
-            raise RequestError(f"The weights changed under the adapters {names}, which belong to those before.")
+        self._refuse_with_adapters("changed")
         self._ahead = None
         self._scheduler.new_weights()
         self._runner.weights_changed()
+
+    def load_weights(self, source: Path | Mapping[str, Tensor]) -> None:
+        """Other weights of the same model, from a model directory or by name, written over those there are.
+
+        Addresses stay as they are, and so do CUDA graphs; beyond the weights there is no memory for a second model to
+        be found. Otherwise as `update_weights`: requests under way go on with the new weights. Names and shapes are
+        compared, with a `RequestError` that lists what does not match, before anything is written; that the rest of the
+        two models' configs is the same is the caller's to know.
+        """
+        self._refuse_with_adapters("loaded")
+        replace_weights(cast(nn.Module, self.model), source)
+        self.update_weights()
 
     # Adapters ----------------------------------------------------------------------------------------
 
@@ -382,6 +394,13 @@ class Engine:
                 f"{vocabulary}: compile it for the model's own tokenizer."
             )
         return problems
+
+    def _refuse_with_adapters(self, what: str) -> None:
+        if self._adapters:
+            names = ", ".join(self._adapters.names)
+            raise RequestError(
+                f"The weights are {what} under the adapters {names}, which belong to those before; drop them first."
+            )
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

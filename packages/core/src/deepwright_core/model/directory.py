@@ -122,6 +122,27 @@ def _part(shape: tuple[int, ...], part: slice | None) -> tuple[int, ...]:
     return shape if part is None else (len(range(shape[0])[part]), *shape[1:])
 
 
+@torch.no_grad()
+def replace_weights(model: nn.Module, source: Path | Mapping[str, torch.Tensor]) -> None:
+    """Write the weights of a model directory, or tensors by name, over those of a model, in place and in its dtypes.
+
+    Every tensor on both sides must be matched exactly once; `RequestError` lists what is not, and nothing is changed.
+    """
+    wanted = distinct_tensors(model)
+    names = list(wanted)
+    if isinstance(source, Path):
+        files = TensorFiles(source)
+        stored, read = {name: tensor.shape for name, tensor in files.tensors.items()}, files.read
+        names.sort(key=lambda name: files.tensors[name].file if name in files.tensors else "")
+    else:
+        stored, read = _shapes(source), source.__getitem__
+    problems = differences(_shapes(wanted), stored, str(source) if isinstance(source, Path) else "the given weights")
+    if problems:
+        raise RequestError(problems)
+    for name in names:
+        wanted[name].copy_(read(name))
+
+
 def find_model(path: Path) -> Path:
     """The model directory that a path means: itself, or the model that a stage left in its directory."""
     if (path / "config.json").is_file():
