@@ -8,6 +8,7 @@ import json
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 
 from deepwright_core.tokenizer import Tokenizer
 from deepwright_serve.limits import Limits
+from deepwright_serve.loading import Loading
 from deepwright_serve.refusal import Refusal
 from deepwright_serve.roster import Roster, Served
 from deepwright_serve.scheduling import EngineThread
@@ -129,3 +131,25 @@ def test_a_thread_ends_with_the_last_of_its_names(tokenizer: Tokenizer) -> None:
         await roster.stop()
 
     asyncio.run(story())
+
+
+def test_a_real_models_weights_leave_memory_while_others_still_know_it(
+    model_directory: Path, serve_service: Callable[[Service], Any]
+) -> None:
+    loading = Loading(device="cpu", cache_tokens=1024, limits=Limits(running=4))
+    service = Service(Roster([loading.load(model_directory, "tiny", "1")]), loading.limits)
+    with serve_service(service) as server:
+        before = server.chat(temperature=0, max_tokens=8).json()["choices"]
+        weights = weakref.ref(server.engine.model)
+        server.engine = None
+        after = loading.load(model_directory, "tiny", "2")
+
+        async def swap() -> None:
+            before = service.roster.replace(after)
+            assert before is server.served
+            await service.roster.retire(before, limit=10)
+
+        on_loop(server, swap)
+        assert weights() is None and server.served.version == "1"
+        server.engine = service.roster.find("tiny").thread._engine
+        assert server.chat(temperature=0, max_tokens=8).json()["choices"] == before
