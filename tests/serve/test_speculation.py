@@ -91,3 +91,13 @@ def test_answers_are_the_same_whole_and_streamed(drafting: Path, serve_service: 
             assert (0 < accepted < drafted) if drafts else (accepted == drafted == 0)
     assert answers[0] == answers[3]
     assert answers[0][-1][1] == "stop"
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_the_modules_are_part_of_what_a_model_will_take(drafting: Path, drafts: int) -> None:
+    loading = Loading(device="cpu", cache_tokens=512, speculate=drafts)
+    (replica,) = loading.load(drafting, "tiny").thread.replicas
+    engine = replica._engine  # type: ignore[attr-defined]
+    cached = sum(layer_NW[16:].numel() for layer_NW in engine._runner.cache)  # without the padding's block
+    assert len(engine._runner.cache) == (2 if drafts else 1)
+    assert loading.bytes_of(drafting) == 4 * (sum(p.numel() for p in engine.model.parameters()) + cached)

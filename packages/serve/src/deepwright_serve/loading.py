@@ -135,7 +135,8 @@ class Loading:
         device, dtype = self.place()
         registry = plugins.installed().registry
         facts = describe(registry, read_config(directory, registry))
-        # The description counts two bytes a value.
         caches = 1 if device.type == "cuda" else self.replicas
-        values = facts["parameters_total"] + facts["kv_bytes_per_token"] // 2 * self.cache_tokens * caches
-        return int(values * dtype.itemsize)
+        layers = 1 + min(self.speculate, facts["mtp"]["depth"]) / facts["layers"]  # those of the model, and its modules
+        # The description counts two bytes a value.
+        cached = facts["kv_bytes_per_token"] / 2 * layers * self.cache_tokens * caches
+        return int((facts["parameters_total"] + facts["parameters_mtp"] + cached) * dtype.itemsize)

@@ -133,12 +133,13 @@ class Transformer(nn.Module):
     @property
     def further_cache_widths(self) -> list[int]:
         """Values cached per token by each MTP module, when they draft."""
-        return [_attention(module.block).cache_width for module in self.mtp]
+        return [_attention(cast(MultiTokenPrediction, module).block).cache_width for module in self.mtp]
 
     @property
     def further_fp8_cache_bytes(self) -> list[int | None]:
         """Bytes cached per token in FP8 by each MTP module; None where an attention has no such cache."""
-        return [getattr(_attention(module.block), "fp8_cache_bytes", None) for module in self.mtp]
+        blocks = [cast(MultiTokenPrediction, module).block for module in self.mtp]
+        return [getattr(_attention(block), "fp8_cache_bytes", None) for block in blocks]
 
     def forward(
         self, tokens_BS: Tensor, segments_BS: Tensor | None = None, record: ForwardRecord | None = None
