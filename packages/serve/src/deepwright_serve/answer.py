@@ -25,7 +25,7 @@ class Scored(NamedTuple):
     offset: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What became known with a token. scores: of the tokens whose text is now certain."""
 
@@ -170,6 +170,8 @@ class Answer:
 
     def _release(self, everything: bool = False) -> tuple[Scored, ...]:
         """Scores of the tokens that have begun in the certain content; what a stop string cuts off gets none."""
+        if not self._pending:
+            return ()
         count = sum(everything or scored.offset < len(self.content) for scored in self._pending)
         released = tuple(self._pending[:count])
         del self._pending[:count]
