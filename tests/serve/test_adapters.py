@@ -55,6 +55,7 @@ def test_an_adapter_is_a_model_of_its_own_name(
     with serve_service(Service(Roster(models), Limits())) as server:
         cards = server.client.get("/v1/models").json()["data"]
         assert [card["id"] for card in cards] == ["tiny", "poet"]
+        assert [(card["root"], card["parent"]) for card in cards] == [("tiny", None), ("poet", "tiny")]
         for _ in range(2):
             for name, model in (("tiny", base), ("poet", merged)):
                 body = {"model": name, "prompt": prompt, "max_tokens": 8, "temperature": 0}

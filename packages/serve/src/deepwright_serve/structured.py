@@ -106,9 +106,9 @@ class Compiler:
             try:
                 async with self._room:
                     # Another request may have asked for the same meanwhile.
-                    grammar = self._kept.get(key) or await asyncio.to_thread(
-                        compile_grammar, tokenizer, form.kind, form.source
-                    )
+                    grammar = self._kept.get(key)
+                    if grammar is None:
+                        grammar = await asyncio.to_thread(compile_grammar, tokenizer, form.kind, form.source)
             except RequestError as error:
                 raise Refusal(400, f"{form.field}: {error}", param=form.field) from error
             finally:
