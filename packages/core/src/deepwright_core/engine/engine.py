@@ -125,7 +125,7 @@ class Engine:
             drafts=speculate,
             lookahead=modules,
         )
-        self._adapters = Adapters(model)
+        self._adapters = Adapters(cast(nn.Module, model))
         self._runner = ModelRunner(
             model,
             self._adapters,

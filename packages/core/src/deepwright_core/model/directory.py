@@ -132,7 +132,8 @@ def replace_weights(model: nn.Module, source: Path | Mapping[str, torch.Tensor])
     names = list(wanted)
     if isinstance(source, Path):
         files = TensorFiles(source)
-        stored, read = {name: tensor.shape for name, tensor in files.tensors.items()}, files.read
+        stored: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in files.tensors.items()}
+        read: Callable[[str], torch.Tensor] = files.read
         names.sort(key=lambda name: files.tensors[name].file if name in files.tensors else "")
     else:
         stored, read = _shapes(source), source.__getitem__

@@ -29,23 +29,21 @@ def attend(
     first_ZX: Tensor,
     limit_ZX: Tensor,
     scale: float,
+    width: int,
 ) -> Tensor:
-    """softmax(scale · q kᵀ) v over the positions first <= n < limit of each row -> float32 [Z, X, V].
+    """softmax(scale · q kᵀ) v over the positions first <= n < limit of each row -> float32 [Z, X, V], V the width.
 
     keys(begin, end) gives k [Z, N, K] and v [Z, N, V] of a tile, in float32; anything beyond a limit, but no NaN.
     """
-    out_ZXV, top_ZX1, sum_ZX1 = None, None, None
+    top_ZX1 = torch.full((*q_ZXK.shape[:2], 1), -torch.inf, device=q_ZXK.device)
+    sum_ZX1 = torch.zeros_like(top_ZX1)
+    out_ZXV = torch.zeros(*q_ZXK.shape[:2], width, device=q_ZXK.device)
     for begin in range(0, context, KEYS):
         k_ZNK, v_ZNV = keys(begin, begin + KEYS)
         index_N = torch.arange(begin, begin + KEYS, device=q_ZXK.device)
         seen_ZXN = (index_N >= first_ZX[..., None]) & (index_N < limit_ZX[..., None])
         score_ZXN = (rows(q_ZXK, k_ZNK.transpose(1, 2)) * scale).masked_fill(~seen_ZXN, -torch.inf)
-        best_ZX1 = score_ZXN.amax(-1, keepdim=True)
-        if out_ZXV is None:
-            top_ZX1 = torch.full_like(best_ZX1, -torch.inf)
-            sum_ZX1 = torch.zeros_like(best_ZX1)
-            out_ZXV = torch.zeros(*q_ZXK.shape[:2], v_ZNV.shape[-1], device=q_ZXK.device)
-        new_top_ZX1 = torch.maximum(top_ZX1, best_ZX1)
+        new_top_ZX1 = torch.maximum(top_ZX1, score_ZXN.amax(-1, keepdim=True))
         # A row that has seen nothing yet has top -inf; -inf minus -inf would be NaN.
         safe_ZX1 = new_top_ZX1.masked_fill(new_top_ZX1 == -torch.inf, 0.0)
         weight_ZXN = torch.exp(score_ZXN - safe_ZX1)
@@ -53,8 +51,7 @@ def attend(
         top_ZX1 = new_top_ZX1
         sum_ZX1 = sum_ZX1 * shrink_ZX1 + _sum(weight_ZXN)
         out_ZXV = out_ZXV * shrink_ZX1 + rows(weight_ZXN, v_ZNV)
-    assert out_ZXV is not None
-    return out_ZXV / torch.where(sum_ZX1 == 0, 1.0, sum_ZX1)
+    return out_ZXV / sum_ZX1.masked_fill(sum_ZX1 == 0, 1.0)
 
 
 def _sum(weight_ZXN: Tensor) -> Tensor:
@@ -101,7 +98,7 @@ def context_attention(
 
     limit_ZX = of_rows(torch.minimum(positions_BQ + 1, lengths_B[:, None]))
     first_ZX = torch.zeros_like(limit_ZX) if starts_BQ is None else of_rows(starts_BQ)
-    out_ZXV = attend(q_ZXK, keys, max(context, 1), first_ZX, limit_ZX, scale)
+    out_ZXV = attend(q_ZXK, keys, max(context, 1), first_ZX, limit_ZX, scale, v_BNGV.shape[-1])
     out_BQHV = out_ZXV.unflatten(0, (-1, groups)).unflatten(2, (queries, -1)).transpose(1, 2).flatten(2, 3)
     return out_BQHV.to(q_BQHK.dtype)
 
@@ -137,5 +134,5 @@ def mla_paged_decode(
         return tile_BNW, tile_BNW[..., :latent].contiguous()
 
     limit_BX = torch.minimum(positions_BQ + 1, lengths_B[:, None]).repeat_interleave(heads, 1)
-    out_BXC = attend(q_BXW, keys, context, torch.zeros_like(limit_BX), limit_BX, scale)
+    out_BXC = attend(q_BXW, keys, context, torch.zeros_like(limit_BX), limit_BX, scale, latent)
     return out_BXC.unflatten(1, (queries, heads)).to(q_latent_BQHC.dtype)

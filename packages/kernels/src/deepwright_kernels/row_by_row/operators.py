@@ -19,7 +19,7 @@ from .. import dispatch
 from ..latent_cache_write.reference import store
 from ..rotary import reference as rotary
 from ..route import reference as route
-from ..token_race import reference as token_race
+from ..token_race.reference import token_race as race
 from . import attention, products
 
 
@@ -89,18 +89,16 @@ def _grouped_swiglu(x_TD: Tensor, gate_up_EID: Tensor, order_R: Tensor, place_TK
     return functional.silu(gate_RI) * up_RI  # seen by the context, which is open here
 
 
-def _token_race(logits_BV: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    if logits_BV.is_cuda:
-        return dispatch.load("token_race", "triton")(logits_BV, *others)
-    *of_rows, greedy_below, any_random = others
-    drawn = [
-        token_race.token_race(logits_BV[row], *(column[row] for column in of_rows), greedy_below, any_random)
-        for row in (slice(row, row + 1) for row in range(len(logits_BV)))
-    ]
-    if not drawn:
-        return token_race.token_race(logits_BV, *others)
-    token_B, logprob_B = (torch.cat(column) for column in zip(*drawn, strict=True))
-    return token_B, logprob_B
+def _token_race(
+    logits_BV: Tensor, temperature_B: Tensor, seed_B: Tensor, position_B: Tensor, greedy_below: float, any_random: bool
+) -> tuple[Tensor, Tensor]:
+    columns = (logits_BV, temperature_B, seed_B, position_B)
+    if logits_BV.is_cuda or not len(logits_BV):
+        backend = "triton" if logits_BV.is_cuda else "reference"
+        drawn: tuple[Tensor, Tensor] = dispatch.load("token_race", backend)(*columns, greedy_below, any_random)
+        return drawn
+    parts = [race(*row, greedy_below, any_random) for row in zip(*(column.split(1) for column in columns), strict=True)]
+    return torch.cat([token_1 for token_1, _ in parts]), torch.cat([logprob_1 for _, logprob_1 in parts])
 
 
 FORMS: dict[str, Callable[..., Any]] = {
