@@ -27,6 +27,8 @@ log = logging.getLogger("deepwright.engine")
 ROWS = (1, 2, 4, 8, 16)
 STEP, WIDE_STEP, WIDE_FROM = 16, 32, 128
 SHORTEST_CONTEXT = 1024  # tokens
+WARM_CONTEXT = 4096
+"""Up to so many tokens of context, graphs are captured beforehand; longer ones are seldom, and some take their time."""
 
 
 def row_sizes(most: int) -> list[int]:
@@ -87,6 +89,7 @@ class Graphs:
 
     def forget(self) -> None:
         """Let go of all graphs: what they read lies somewhere else now."""
+        torch.cuda.synchronize(self._stream.device)  # one of them may be running
         self._captured.clear()
 
     def _capture(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

@@ -11,6 +11,7 @@ Shapes: R rows (`max_batch` of them), B sequences of one call, Q new tokens of e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from typing import Any, Literal, Protocol
@@ -24,7 +25,7 @@ from ..model.cache import CacheBatch
 from .adapters import Adapters
 from .controls import Controls
 from .draw import Draw, Reader
-from .graphs import Graphs, padded, row_sizes, width_sizes
+from .graphs import WARM_CONTEXT, Graphs, padded, row_sizes, width_sizes
 from .parcel import Parcel
 from .sampler import SamplingRows, sample
 from .scheduler import Chunk, Plan
@@ -208,7 +209,9 @@ class ModelRunner:
         if self._graphs is None:
             return
         self._clear(0)
-        for width in reversed(self._width_sizes):  # what needs most memory comes first, the others find it there
+        longest = min(math.ceil(WARM_CONTEXT / self.block_size), self._width_sizes[-1])
+        widths = [width for width in self._width_sizes if width <= padded(longest, self._width_sizes)]
+        for width in reversed(widths):  # what needs most memory comes first, the others find it there
             for rows in reversed(self._row_sizes):
                 if self._speculation is None:
                     self._captured("decode", rows, width, self._extend_rows)
