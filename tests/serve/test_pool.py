@@ -12,6 +12,7 @@ import torch
 
 from deepwright_core.engine import SamplingParams
 from deepwright_core.errors import RequestError
+from deepwright_core.model.transformer import Transformer
 from deepwright_core.tokenizer import Tokenizer
 from deepwright_serve.affinity import Affinity
 from deepwright_serve.limits import Limits
@@ -208,6 +209,15 @@ def test_on_a_cpu_the_weights_are_there_once(model_directory: Path) -> None:
         for replica in served.thread.replicas
     ]
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_model_without_a_batch_invariant_form_is_refused_at_the_start(
+    model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Loading(device="cpu", cache_tokens=256, batch_invariant=True).load(model_directory, "tiny")
+    monkeypatch.setattr(Transformer, "logits", lambda self, hidden: torch.einsum("bd,vd->bv", hidden, self.head.weight))
+    with pytest.raises(RequestError, match="--batch-invariant cannot be had for this model: torch's einsum was called"):
+        Loading(device="cpu", cache_tokens=256, batch_invariant=True).load(model_directory, "tiny")
 
 
 def test_more_replicas_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from deepwright_core import plugins
-from deepwright_core.engine import CacheDtype, Engine, GraphsOption
+from deepwright_core.engine import CacheDtype, Engine, GraphsOption, SamplingParams
 from deepwright_core.errors import RequestError
 from deepwright_core.finetune.adapter_files import find_adapter
 from deepwright_core.model.description import describe
@@ -84,6 +84,8 @@ class Loading:
         for engine in engines:
             for adapter, path in found.items():
                 engine.load_adapter(adapter, path, directory)
+            if self.batch_invariant:
+                _refuse_what_depends_on_company(engine, tokenizer.begin_ids)
             engine.warm_up()
         context = min(models[0].max_positions, engines[0].cache_capacity)
         threads = [EngineThread(engine, self.limits) for engine in engines]
@@ -140,3 +142,11 @@ class Loading:
         # The description counts two bytes a value.
         cached = facts["kv_bytes_per_token"] / 2 * layers * self.cache_tokens * caches
         return int((facts["parameters_total"] + facts["parameters_mtp"] + cached) * dtype.itemsize)
+
+
+def _refuse_what_depends_on_company(engine: Engine, begin_ids: Sequence[int]) -> None:
+    """Generate a token: a form that depends on the batch is found out here, and not by a client."""
+    try:
+        engine.generate([[*begin_ids] or [0]], SamplingParams(max_tokens=1, temperature=0.0))
+    except NotImplementedError as error:
+        raise RequestError(f"--batch-invariant cannot be had for this model: {error}") from None
