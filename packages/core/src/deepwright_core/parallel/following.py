@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -56,6 +57,9 @@ def _end_with_standard_input() -> None:
 
 def main() -> None:
     """The command."""
+    # A terminal's Ctrl-C and a service manager's end reach all processes; rank 0 decides what is finished first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
     try:
         follow(json.loads(sys.argv[1]))
