@@ -1,7 +1,7 @@
 """A rank that follows: it loads its share of the experts and makes the calls that rank 0 tells it to.
 
-`python -m deepwright_core.parallel.following TASK` is started by `leading.Followers`; TASK is JSON. It ends when rank 0
-says so, when standard input is closed (rank 0 has ended), and when a call fails.
+`python -m deepwright_core.parallel.following TASK` is started by `leading.Followers`; TASK is JSON. It ends when
+standard input is closed, which is when rank 0 has ended, and when a call fails.
 """
 
 from __future__ import annotations
