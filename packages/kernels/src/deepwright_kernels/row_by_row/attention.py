@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .elementwise import exp
 from .products import rows
 
 KEYS = 64  # of a tile
@@ -35,6 +36,7 @@ def attend(
 
     keys(begin, end) gives k [Z, N, K] and v [Z, N, V] of a tile, in float32; anything beyond a limit, but no NaN.
     """
+    exponential = torch.exp if q_ZXK.is_cuda else exp
     top_ZX1 = torch.full((*q_ZXK.shape[:2], 1), -torch.inf, device=q_ZXK.device)
     sum_ZX1 = torch.zeros_like(top_ZX1)
     out_ZXV = torch.zeros(*q_ZXK.shape[:2], width, device=q_ZXK.device)
@@ -46,8 +48,8 @@ def attend(
         new_top_ZX1 = torch.maximum(top_ZX1, score_ZXN.amax(-1, keepdim=True))
         # A row that has seen nothing yet has top -inf; -inf minus -inf would be NaN.
         safe_ZX1 = new_top_ZX1.masked_fill(new_top_ZX1 == -torch.inf, 0.0)
-        weight_ZXN = torch.exp(score_ZXN - safe_ZX1)
-        shrink_ZX1 = torch.exp(top_ZX1 - safe_ZX1)
+        weight_ZXN = exponential(score_ZXN - safe_ZX1)
+        shrink_ZX1 = exponential(top_ZX1 - safe_ZX1)
         top_ZX1 = new_top_ZX1
         sum_ZX1 = sum_ZX1 * shrink_ZX1 + _sum(weight_ZXN)
         out_ZXV = out_ZXV * shrink_ZX1 + rows(weight_ZXN, v_ZNV)
@@ -98,7 +100,8 @@ def context_attention(
 
     limit_ZX = of_rows(torch.minimum(positions_BQ + 1, lengths_B[:, None]))
     first_ZX = torch.zeros_like(limit_ZX) if starts_BQ is None else of_rows(starts_BQ)
-    out_ZXV = attend(q_ZXK, keys, max(context, 1), first_ZX, limit_ZX, scale, v_BNGV.shape[-1])
+    with torch._C.DisableTorchFunction():
+        out_ZXV = attend(q_ZXK, keys, max(context, 1), first_ZX, limit_ZX, scale, v_BNGV.shape[-1])
     out_BQHV = out_ZXV.unflatten(0, (-1, groups)).unflatten(2, (queries, -1)).transpose(1, 2).flatten(2, 3)
     return out_BQHV.to(q_BQHK.dtype)
 

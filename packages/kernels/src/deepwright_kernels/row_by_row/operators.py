@@ -20,7 +20,7 @@ from ..latent_cache_write.reference import store
 from ..rotary import reference as rotary
 from ..route import reference as route
 from ..token_race.reference import token_race as race
-from . import attention, products
+from . import attention, elementwise, products
 
 
 def run(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -30,7 +30,10 @@ def run(name: str, arguments: tuple[Any, ...]) -> Any:
         raise NotImplementedError(
             f"The operator {name} has no form for each row by itself; expected one of {', '.join(sorted(FORMS))}."
         )
-    return form(*arguments)
+    if name in SEEN:
+        return form(*arguments)
+    with torch._C.DisableTorchFunction():  # every look at a shape would go by the context too
+        return form(*arguments)
 
 
 def _by(cuda: str, elsewhere: str, name: str) -> Callable[..., Any]:
@@ -86,7 +89,7 @@ def _unpermute(y_RD: Tensor, order_R: Tensor, place_TK: Tensor, weights_TK: Tens
 def _grouped_swiglu(x_TD: Tensor, gate_up_EID: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor) -> Tensor:
     x_RD = FORMS["permute"](x_TD, order_R, place_TK)
     gate_RI, up_RI = products.grouped(x_RD, gate_up_EID, ends_E).chunk(2, -1)
-    return functional.silu(gate_RI) * up_RI  # seen by the context, which is open here
+    return (functional.silu(gate_RI) if gate_RI.is_cuda else elementwise.silu(gate_RI)) * up_RI
 
 
 def _token_race(
@@ -100,6 +103,9 @@ def _token_race(
     parts = [race(*row, greedy_below, any_random) for row in zip(*(column.split(1) for column in columns), strict=True)]
     return torch.cat([token_1 for token_1, _ in parts]), torch.cat([logprob_1 for _, logprob_1 in parts])
 
+
+SEEN = ("route", "context_attention")
+"""What calls functions of torch, or of a model, that the context has to see."""
 
 FORMS: dict[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm,
