@@ -100,7 +100,8 @@ def _token_race(
         backend = "triton" if logits_BV.is_cuda else "reference"
         drawn: tuple[Tensor, Tensor] = dispatch.load("token_race", backend)(*columns, greedy_below, any_random)
         return drawn
-    parts = [race(*row, greedy_below, any_random) for row in zip(*(column.split(1) for column in columns), strict=True)]
+    each = [column.split(1) for column in columns]
+    parts = [race(a, t, s, p, greedy_below, any_random) for a, t, s, p in zip(*each, strict=True)]
     return torch.cat([token_1 for token_1, _ in parts]), torch.cat([logprob_1 for _, logprob_1 in parts])
 
 
