@@ -240,4 +240,6 @@ def test_tokens_that_the_model_does_not_know_are_refused() -> None:
         engine.add([1], replace(GREEDY, logit_bias=((23, 1.0),)))
     with pytest.raises(RequestError, match=r"Prompt 1: thinking.closing names token 99"):
         engine.generate([[1], [2]], [GREEDY, replace(GREEDY, thinking=ThinkingControl(END, True, closing=(99,)))])
+    with pytest.raises(RequestError, match="stop_ids names all of the 23 tokens"):
+        engine.add([1], replace(GREEDY, stop_ids=tuple(range(23)), min_tokens=1))
     assert not engine.has_work

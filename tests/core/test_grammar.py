@@ -206,6 +206,15 @@ def test_a_grammar_that_cannot_go_on_ends_the_answer(
     assert engine.stats.cache_blocks_used == 0
 
 
+def test_a_grammar_of_nothing_but_tokens_that_end_the_answer(model: Transformer, tokenizer: Tokenizer) -> None:
+    (a,) = tokenizer.encode("a")
+    params = SamplingParams(
+        max_tokens=9, min_tokens=5, stop_ids=(a, 10**6), grammar=compile_grammar(tokenizer, "regex", "a{3}")
+    )
+    (answer,) = Engine(model, tokenizer.end_ids).generate([[3]], params)
+    assert (answer.token_ids, answer.finish_reason) == ([a], "stop")
+
+
 def test_an_answer_that_cannot_begin_is_refused_and_hurts_nobody(model: Transformer, tokenizer: Tokenizer) -> None:
     grammar = compile_grammar(tokenizer, "regex", "ab")
     while not grammar.start().stuck:  # as if others had used up a limit

@@ -35,16 +35,15 @@ class Controls:
     def of(self, sequences: Ordered[Sequence]) -> StepControls | None:
         """What the rows of a step ask of their next draw."""
         asking = [(row, sequence) for row, sequence in enumerate(sequences) if sequence.controlled]
-        return StepControls(self, len(sequences), asking) if asking else None
+        return StepControls(self, asking) if asking else None
 
 
 class StepControls:
     """What the rows of one step ask of their draws."""
 
-    def __init__(self, controls: Controls, rows: int, asking: Ordered[tuple[int, Sequence]]) -> None:
+    def __init__(self, controls: Controls, asking: Ordered[tuple[int, Sequence]]) -> None:
         self._controls = controls
         self._device = controls.device
-        self._rows = rows
         self._penalised = [(row, sequence) for row, sequence in asking if sequence.params.penalised]
         added: list[tuple[int, int, float]] = []
         masks: list[tuple[int, np.ndarray]] = []

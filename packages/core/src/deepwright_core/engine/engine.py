@@ -388,6 +388,11 @@ class Engine:
             for name, token in params.named_tokens
             if token >= vocabulary
         ]
+        if params.ruled and len(self.eos_ids | set(params.stop_ids)) >= vocabulary:
+            problems.append(
+                f"stop_ids names all of the {vocabulary} tokens that the model knows, and the answer is to have some "
+                "before it ends: name fewer."
+            )
         if params.grammar is not None and params.grammar.vocabulary > vocabulary:
             problems.append(
                 f"the grammar was compiled for a tokenizer of {params.grammar.vocabulary} tokens; the model knows "

@@ -96,9 +96,11 @@ class GrammarState:
 
 
 def set_bits(mask_W: np.ndarray, tokens: Iterable[int], value: bool) -> None:
-    """Allow or forbid tokens in a mask."""
+    """Allow or forbid tokens in a mask; those behind its end are not of its vocabulary."""
     words_W = mask_W.view(np.uint32)
     for token in tokens:
+        if token >= WORD_BITS * len(words_W):
+            continue
         bit = np.uint32(1 << token % WORD_BITS)
         if value:
             words_W[token // WORD_BITS] |= bit

@@ -74,8 +74,10 @@ class Rules:
             set_bits(allowed_W, self._stop_ids, True)
         if control is not None and control.start_id is not None and not self._tokens:
             set_bits(allowed_W, [control.start_id], True)
-        set_bits(allowed_W, ends, False)
-        return Bounds(allowed_W=allowed_W)
+        bounded_W = allowed_W.copy()
+        set_bits(bounded_W, ends, False)
+        # Where the grammar leaves only what may not end yet, the grammar has its way: something must be drawn.
+        return Bounds(allowed_W=bounded_W if bounded_W.any() else allowed_W)
 
     def take(self, token: int, forced: bool) -> Literal["stop", "length"] | None:
         """Go on behind a token; why the answer cannot: its text is complete, or a limit of its grammar was reached."""
