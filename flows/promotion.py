@@ -194,10 +194,15 @@ class _Running:
             raise RequestError(f"--server is {wish.server}; give its operator's key with --admin-key-file.")
         self._wish = wish
         self._server = RemoteServer(wish.server, operator_key.read(Path(wish.admin_key_file).expanduser()))
-        live = self._server.live(wish.name)
-        if live is not None and live.directory == str(found.directory.resolve()):
+        models = self._server.live()
+        if wish.name not in models:
+            raise RequestError(
+                f"--name is {wish.name}; at {wish.server} there is {', '.join(models)}: name the one to replace."
+            )
+        live = models[wish.name]
+        if live.directory == str(found.directory.resolve()):
             raise RequestError(f"{found.directory} is live at {wish.server} already.")
-        self.live = "" if live is None else f"version {live.version}" if live.version else live.directory
+        self.live = f"version {live.version}" if live.version else live.directory
         self._found = found
         self._loaded = False
 

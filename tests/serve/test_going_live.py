@@ -189,6 +189,16 @@ def test_the_operator_takes_a_version_back(server: Server) -> None:
     assert server.states() == {"tiny": "1"}
 
 
+def test_a_further_name_comes_and_goes(server: Server) -> None:
+    server.admin(name="second", directory=str(server.models / "two"), version="2")
+    server.admin("/live", name="second")
+    assert server.says(model="second") == "I am two." and server.says() == "I am one."
+    server.admin("/remove", name="second")
+    assert "There is no model 'second'" in server.says(model="second")
+    assert server.admin("/remove", name="tiny").json()["error"]["code"] == "last_model"
+    assert server.admin("/remove", name="nobody").status_code == 404 and server.states() == {"tiny": "1"}
+
+
 def test_failing_answers_bring_the_version_before_back(server: Server) -> None:
     server.load("two", "2")
     server.admin("/live", name="tiny", prove_seconds=60, failed_share=0.3)

@@ -1,4 +1,4 @@
-"""The operator's routes: what is loaded, load beside, go live, roll back.
+"""The operator's routes: what is loaded, load beside, go live, roll back, take away.
 
 They exist only on a server that was started with `--admin-key-file`, answer only its key, and load only from below the
 directories of `--admin-models`. Left out: rights between operators.
@@ -89,6 +89,18 @@ def add_admin_routes(app: FastAPI, service: Service, changes: GoingLive) -> None
     )
     async def discard(request: NameRequest = name_body) -> AdminStatus:
         await changes.discard(request.name)
+        return changes.status()
+
+    @app.post(
+        "/admin/models/remove",
+        response_model=AdminStatus,
+        responses=refusals(*BODY, 404, 409),
+        openapi_extra=body_schema(NameRequest),
+        dependencies=may,
+        summary="Take a name away",
+    )
+    async def remove(request: NameRequest = name_body) -> AdminStatus:
+        changes.remove(request.name)
         return changes.status()
 
     describe_bodies(app, LoadRequest, LiveRequest, NameRequest)

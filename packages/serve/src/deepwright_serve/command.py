@@ -119,7 +119,7 @@ def serve(
             else:
                 models = loading.load_with_adapters(directory, name, version, adapters or {})
             roster = Roster(models)
-            changes = None if operator is None else GoingLive(roster, loading, admin_models, limits.drain_seconds)
+            changes = None if operator is None else GoingLive(roster, loading, admin_models, limits.request_seconds)
             service = Service(roster, limits, keys, local, operator, changes, prices, listeners())
             run(service, listener, address_file=address_file, ends=ends)
 

@@ -3,7 +3,7 @@
     load       the candidate runs beside the live model, as `NAME:candidate`; only the operator can ask it
     go_live    from one moment to the next the name is the candidate's; the model before is kept as `NAME:previous`
     (proving)  for some seconds the new one is watched: answers that fail, an engine that gives no token
-    roll_back  the model before gets its name back; the new one finishes what it can and is ended
+    roll_back  the model before gets its name back; the new one finishes what it has begun and is ended
     proved     the model before is ended and its memory freed
 
 What answers is never stopped for this, and no request is dropped. Whether a candidate is good enough is decided by
@@ -54,14 +54,15 @@ def previous_of(name: str) -> str:
 class GoingLive:
     """The changes of a roster. `roots`: models are loaded only from below these directories.
 
-    drain_seconds: how long a model that has lost its name may finish what it has begun.
+    finish_seconds: how long a model that has lost its name may finish what it has begun; as long as a request may take,
+    if none is to be cut off.
     """
 
-    def __init__(self, roster: Roster, loading: Loading, roots: Sequence[Path], drain_seconds: float) -> None:
+    def __init__(self, roster: Roster, loading: Loading, roots: Sequence[Path], finish_seconds: float) -> None:
         self._roster = roster
         self._loading = loading
         self._roots = [root.resolve() for root in roots]
-        self._drain_seconds = drain_seconds
+        self._finish_seconds = finish_seconds
         self._busy = asyncio.Lock()
         self._changes: dict[str, Change] = {}
         self._proving: dict[str, asyncio.Task[None]] = {}
@@ -141,6 +142,17 @@ class GoingLive:
         if name in self._proving:
             self._proving[name].cancel()
 
+    def remove(self, name: str) -> None:
+        """Take a name away, with its candidate; what it has begun is finished."""
+        if name in self._proving:
+            raise Refusal(409, f"{name} is still proving its latest version; wait, or roll back.", code="busy")
+        if [served.name for served in self._roster.models()] == [name]:
+            raise Refusal(409, f"{name} is the only model; a server without one is of no use.", code="last_model")
+        served = self._roster.remove(name)
+        self._say(name, "removed", f"Version {_named(served)} was taken away.")
+        self._end_later(served)
+        self._end_later(self._roster.take_aside(candidate_of(name)))
+
     async def _watch(
         self, served: Served, seconds: float, failed_share: float, prove: Callable[[Served], Awaitable[None]]
     ) -> None:
@@ -164,23 +176,33 @@ class GoingLive:
         count, lost = served.thread.answered - answered, served.thread.failed - failed
         message = f"Version {_named(served)} has proved itself: in {seconds:g} s, {count} answers and {lost} failures."
         self._say(served.name, "proved", message)
-        await self._end(self._roster.take_aside(previous_of(served.name)))
+        self._end_later(self._roster.take_aside(previous_of(served.name)))
 
     async def _end(self, served: Served | None) -> None:
         if served is not None:
-            await self._roster.retire(served, self._drain_seconds)
+            await self._roster.retire(served, self._finish_seconds)
 
-    def _end_later(self, served: Served) -> None:
+    def _end_later(self, served: Served | None) -> None:
         task = asyncio.create_task(self._end(served))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
     def _allowed(self, directory: str) -> Path:
         """The model directory, if it lies below one of the roots once every link in it is followed."""
+        path = Path(directory)
+        self._require_below(path)
         try:
-            path = Path(directory)
+            found = find_model(path.resolve())
+        except RequestError as error:
+            raise Refusal(400, str(error), param="directory", code="not_loadable") from None
+        # A stage's result may name a directory anywhere.
+        self._require_below(found)
+        return found.resolve()
+
+    def _require_below(self, path: Path) -> None:
+        try:
             inside = path.is_absolute() and any(path.resolve().is_relative_to(root) for root in self._roots)
-        except (OSError, ValueError, RuntimeError):
+        except (OSError, ValueError, RuntimeError):  # no path at all, or links in a circle
             inside = False
         if not inside:
             roots = ", ".join(map(str, self._roots))
@@ -188,14 +210,6 @@ class GoingLive:
                 403, f"directory is not below {roots}: only from there may models be loaded (--admin-models).",
                 param="directory", code="directory_not_allowed",
             )  # fmt: skip
-        try:
-            found = find_model(path.resolve())
-        except RequestError as error:
-            raise Refusal(400, str(error), param="directory", code="not_loadable") from None
-        # A stage's result may name a directory anywhere.
-        if not any(found.resolve().is_relative_to(root) for root in self._roots):
-            return self._allowed(str(found.resolve()))
-        return found.resolve()
 
     def _require_memory(self, path: Path) -> None:
         device, _ = self._loading.place()

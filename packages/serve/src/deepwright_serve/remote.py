@@ -28,9 +28,9 @@ class RemoteServer:
         self.address = address.rstrip("/")
         self.headers = {"Authorization": f"Bearer {key}"}
 
-    def live(self, name: str) -> AdminModel | None:
-        """The model that answers to a name, if one does."""
-        return next((model for model in self._ask("GET").models if model.id == name), None)
+    def live(self) -> dict[str, AdminModel]:
+        """The models that answer, by name."""
+        return {model.id: model for model in self._ask("GET").models if model.state == "live"}
 
     def load(self, name: str, directory: Path, version: str) -> None:
         """Have a version loaded beside what runs, as `going_live.candidate_of(name)`."""

@@ -35,7 +35,7 @@ class LiveRequest(Wire):
 
 
 class NameRequest(Wire):
-    """POST /admin/models/rollback and /admin/models/discard: the name that is meant."""
+    """POST /admin/models/rollback, /admin/models/discard and /admin/models/remove: the name that is meant."""
 
     name: NAME
 
@@ -58,7 +58,7 @@ class Change(BaseModel):
     """The latest change of a name. `message` says in a sentence what happened and why."""
 
     name: str
-    state: Literal["loading", "loaded", "proving", "proved", "rolled back", "failed", "discarded"]
+    state: Literal["loading", "loaded", "proving", "proved", "rolled back", "failed", "discarded", "removed"]
     message: str
 
 
