@@ -1,10 +1,10 @@
 """CUDA kernels of this package: compiled by NVRTC when they are first used, kept on disk, started by the driver.
 
 A kernel lives in a `.cu` file beside its operator, needs no header but this package's own, and is specialised by
-`#define`s. NVRTC and the driver are reached through cuda-bindings, which CUDA builds of torch bring along; no compiler
-has to be installed. The machine code is kept in `$XDG_CACHE_HOME/deepwright/kernels` (`~/.cache` by default) under a
-hash of source, options and compiler. Only Hopper (sm_90a) is compiled for: `wgmma` and the bulk tensor copies exist
-there alone.
+`#define`s. NVRTC and the driver are reached through cuda-bindings, which CUDA builds of torch bring along, and what
+runs before every kernel through ctypes, which costs the host less; no compiler has to be installed. The machine code
+is kept in `$XDG_CACHE_HOME/deepwright/kernels` (`~/.cache` by default) under a hash of source, options and compiler.
+Only Hopper (sm_90a) is compiled for: `wgmma` and the bulk tensor copies exist there alone.
 """
 
 from __future__ import annotations

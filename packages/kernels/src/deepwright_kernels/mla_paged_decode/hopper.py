@@ -77,7 +77,7 @@ def _launch(
     tiles = -(-rows // ROWS)
     groups = max(1, _processors(device) // tiles)
     # A group shares its first and its last sequence with others: outputs in parts, their weights, and who has which. In
-    # one piece of memory, because asking for each costs the host as much as a check of them all.
+    # one piece of memory, because each allocation costs the host several microseconds.
     lines = 2 * groups * rows
     workspace = torch.empty(lines * (latent + 1) + 2 * batch, dtype=torch.float32, device=device)
     parts = workspace.data_ptr()
