@@ -43,6 +43,20 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
+def ask(page: Any, text: str = "What is 347 + 589?") -> None:
+    """Write a message and send it."""
+    page.fill("#question", text)
+    page.keyboard.press("Enter")
+
+
+def answered(page: Any, turns: int = 1) -> Any:
+    """The last answer, once it is finished."""
+    page.wait_for_function(
+        "n => document.querySelectorAll('.turn.assistant').length === n && document.querySelector('.again')", arg=turns
+    )
+    return page.locator(".turn.assistant").last
+
+
 @pytest.fixture
 def new_page(browser: Any) -> Iterator[Any]:
     """Opens pages that must not log an error, must not break their own policy, and must ask nobody but their server."""

@@ -7,22 +7,11 @@ from typing import Any
 
 import pytest
 
+from .conftest import answered, ask
+
 pytestmark = pytest.mark.browser
 
 ANSWER = "<think>7 + 9 = 16, carry 1.</think>The sum is **936**.\n\n```python\nprint(347 + 589)\n```\n\n- one\n- two"
-
-
-def ask(page: Any, text: str = "What is 347 + 589?") -> None:
-    page.fill("#question", text)
-    page.keyboard.press("Enter")
-
-
-def answered(page: Any, turns: int = 1) -> Any:
-    """The last answer, once it is finished."""
-    page.wait_for_function(
-        "n => document.querySelectorAll('.turn.assistant').length === n && document.querySelector('.again')", arg=turns
-    )
-    return page.locator(".turn.assistant").last
 
 
 def test_an_answer_with_its_thoughts_folded(serve_script: Callable[..., Any], new_page: Callable[..., Any]) -> None:
@@ -33,7 +22,7 @@ def test_an_answer_with_its_thoughts_folded(serve_script: Callable[..., Any], ne
     answer = answered(page)
     assert answer.locator("strong").inner_text() == "936"
     assert answer.locator("pre code").inner_text() == "print(347 + 589)"
-    assert answer.locator(".code .bar span").inner_text() == "python"
+    assert answer.locator(".code .bar > span").inner_text() == "python"
     assert answer.locator("li").all_inner_texts() == ["one", "two"]
     assert not answer.locator(".thought").is_visible()
     assert answer.locator("summary").inner_text().startswith("Thought for ")
@@ -41,7 +30,7 @@ def test_an_answer_with_its_thoughts_folded(serve_script: Callable[..., Any], ne
     assert answer.locator(".thought").inner_text() == "7 + 9 = 16, carry 1."
     figures = answer.locator(".figures").inner_text()
     assert "tokens/s" in figures and "about" not in figures and "first after" in figures
-    assert page.locator("#model").inner_text() == "tiny" and not page.locator("#welcome").is_visible()
+    assert page.input_value("#model") == "tiny" and not page.locator("#welcome").is_visible()
 
 
 HOSTILE = (
@@ -64,7 +53,7 @@ def test_what_a_model_writes_is_never_markup(serve_script: Callable[..., Any], n
     assert links == ["https://example.org/a", "https://evil.example/p.png"]
     assert "<img src=x onerror=" in answer.locator(".prose").inner_text()
     assert "</code></pre><script>" in answer.locator("pre code").inner_text()
-    assert page.locator(".turn.user").inner_text() == "<img src=x onerror=alert(4)>"
+    assert page.locator(".turn.user .bubble").inner_text() == "<img src=x onerror=alert(4)>"
 
 
 def playwright_error() -> type[Exception]:
@@ -133,10 +122,10 @@ def test_conversation_and_controls_survive_a_reload(
     page.check("[name=thinking][value=disabled]")
     page.click("#open-settings")
     page.fill("#max-tokens", "77")
-    page.locator("#temperature").fill("0.25")
+    page.fill("#temperature", "0.25")
     page.fill("#system", "Be brief.")
     page.select_option("#theme", "dark")
-    page.click(".done")
+    page.click("#settings .done")
     ask(page)
     answered(page)
     page.reload()
@@ -152,8 +141,7 @@ def test_conversation_and_controls_survive_a_reload(
     assert text.startswith("Be brief.") and "936" in text and "carry" not in text
     page.keyboard.press("Alt+n")
     assert page.locator(".turn").count() == 0 and page.locator("#welcome").is_visible()
-    page.reload()
-    assert page.locator(".turn").count() == 0
+    assert page.locator("#list .open").all_inner_texts() == ["What is 347 + 589?"]
 
 
 def test_keys_write_lines_and_find_the_composer(serve_script: Callable[..., Any], new_page: Callable[..., Any]) -> None:
@@ -168,7 +156,7 @@ def test_keys_write_lines_and_find_the_composer(serve_script: Callable[..., Any]
     assert page.evaluate("document.activeElement.id") == "question"
     page.keyboard.press("Enter")
     answered(page)
-    assert page.locator(".turn.user").inner_text() == "one\ntwo"
+    assert page.locator(".turn.user .bubble").inner_text() == "one\ntwo"
 
 
 def test_errors_are_shown_and_can_be_tried_again(
@@ -179,7 +167,7 @@ def test_errors_are_shown_and_can_be_tried_again(
     server.engine.fail = 1
     ask(page)
     assert "on fire" in answered(page).locator(".problem").inner_text()
-    page.click("text=Try again")
+    page.click(".again")
     page.wait_for_function("() => document.querySelector('.prose').textContent === 'Hello.'")
     assert page.locator(".problem").is_hidden()
 
@@ -190,8 +178,8 @@ def test_a_key_is_asked_for_and_used(serve_script: Callable[..., Any], new_page:
     assert "API key" in answered(page).locator(".problem").inner_text()
     page.click("#open-settings")
     page.fill("#key", "a-key-that-is-long-enough")
-    page.click(".done")
-    page.click("text=Try again")
+    page.click("#settings .done")
+    page.click(".again")
     page.wait_for_function("() => document.querySelector('.prose').textContent === 'Hello.'")
     assert page.evaluate("JSON.stringify(localStorage).includes('a-key-that')") is False
     # The refused requests are logged by the browser itself.
@@ -230,7 +218,7 @@ def test_it_fits_and_can_be_read(
             return Math.min(
                 contrast(style('.prose').color, style('body').backgroundColor),
                 contrast(style('.figures').color, style('body').backgroundColor),
-                contrast(style('.turn.user').color, style('.turn.user').backgroundColor),
+                contrast(style('.turn.user .bubble').color, style('.turn.user .bubble').backgroundColor),
                 contrast(style('.segments legend').color, style('.segments').backgroundColor));
         }"""
     )
