@@ -140,7 +140,9 @@ function take(message, event, clock) {
 function figures(clock, message) {
   if (clock.first === null) return message.stopped ? "stopped" : "";
   const count = clock.usage?.completion_tokens ?? clock.pieces;
-  const time = performance.now() - clock.first;
+  // What came in one piece tells no speed of its own: then the waiting counts, too.
+  const streamed = performance.now() - clock.first;
+  const time = streamed < 100 ? performance.now() - clock.asked : streamed;
   const parts = [`${clock.usage ? "" : "about "}${count} ${count === 1 ? "token" : "tokens"}`];
   if (count > 1 && time > 0) parts.push(`${((count - 1) / (time / 1000)).toFixed(1)} tokens/s`);
   parts.push(`first after ${seconds(clock.first - clock.asked)}`);
