@@ -79,3 +79,20 @@ def test_counts_start_from_zero_in_every_call() -> None:
     logits_TE = torch.randn(300, 256, device="cuda")
     counts = [route(logits_TE, None, 8).counts_E for _ in range(150)]
     assert all(int(count_E.sum()) == 300 * 8 for count_E in counts)
+
+
+@pytest.mark.parametrize("experts", [64, 256])
+def test_many_candidates_and_few_of_them_in_neighbouring_rows(experts: int) -> None:
+    """Rows with 9 to 40 experts close to the best beside rows with eight: what one row leaves is not another's."""
+    generator = torch.Generator().manual_seed(0)
+    logits_TE = torch.randn(4096, experts, generator=generator)
+    close = torch.randint(9, 41, (4096, 1), generator=generator) * (torch.rand(4096, 1, generator=generator) < 0.5)
+    rank_TE = torch.rand(4096, experts, generator=generator).argsort(1)
+    logits_TE = torch.where(rank_TE < close, 3.0 + 0.001 * rank_TE, logits_TE).cuda()
+    choices = []
+    for backend in ("reference", "cuda"):
+        with configure({"route": backend}):
+            choices.append(route(logits_TE, None, 8))
+    want, have = choices
+    assert (have.experts_TK != want.experts_TK).any(1).sum() <= 40
+    assert torch.equal(have.counts_E, have.experts_TK.flatten().bincount(minlength=experts))

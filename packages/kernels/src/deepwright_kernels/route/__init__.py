@@ -14,8 +14,8 @@ NAME = "route"
 SCORINGS = ("sigmoid", "softmax")
 MOST_CHOSEN = 64
 LARGEST = 4096
-# Of the CUDA kernel, where a warp keeps a row in its registers.
-LANES, MOST_OF_A_WARP = 32, 512
+# Of the CUDA kernel, where eight lanes of a warp share a row and load four experts at a time.
+LANES, PIECES, LONGEST_ROW = 8, 32, 512
 
 
 def _too_large(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, *_: object) -> str | None:
@@ -45,15 +45,15 @@ def _ungainly(
     experts = logits_TE.shape[1]
     if _not_float32(logits_TE, bias_E):
         return "it computes in float32 and logits_TE or bias_E is float64"
-    if experts % LANES or experts > MOST_OF_A_WARP or top_k > LANES:
+    if experts % PIECES or experts > LONGEST_ROW or top_k > LANES:
         return (
-            f"a warp of {LANES} threads shares a row evenly, up to {MOST_OF_A_WARP} experts, and top_k may be at most "
-            f"{LANES}: there are {experts} experts and top_k is {top_k}"
+            f"{LANES} threads share a row in pieces of {PIECES} experts, up to {LONGEST_ROW}, and take one choice each: "
+            f"there are {experts} experts and top_k is {top_k}"
         )
     if top_groups < groups and (LANES % groups or group_best > 2):
         return (
-            f"a group is a few of {LANES} threads and worth its one or two best: groups is {groups}, group_best is "
-            f"{group_best}"
+            f"a group is one or more of the {LANES} threads of a row and worth its one or two best: groups is {groups} "
+            f"and group_best is {group_best}"
         )
     return None
 

@@ -16,9 +16,10 @@ from ..operation import Operation
 from . import triton as portable
 
 SOURCE = Path(__file__).with_name("hopper.cu")
-# A processor's registers hold this many threads with a row of up to 256 experts in every warp, half with a longer one.
-THREADS, LONG_ROW = 1024, 256
-# So many blocks form a cluster that routes a token in each warp, and clears and sums the counts itself.
+LANES, ROWS = 8, 4  # of a row and of a warp
+# Two blocks of a processor take its registers: at most 128 of them a thread.
+THREADS, SHARING = 256, 2
+# So many blocks form a cluster that routes a row in each eight lanes, and clears and sums the counts itself.
 FEW_BLOCKS = 8
 CLEARED_AT_ONCE = 64
 
@@ -43,9 +44,8 @@ def _kernel(
     top_groups: int,
     group_best: int,
     normalise: bool,
-) -> tuple[Kernel, int, int]:
-    """(kernel, blocks, threads of a block)."""
-    threads = _threads(experts)
+) -> tuple[Kernel, int]:
+    """(kernel, blocks)."""
     defines = {
         "EXPERTS": experts,
         "GROUPS": groups if top_groups < groups else 1,
@@ -55,11 +55,14 @@ def _kernel(
         "SIGMOID": int(sigmoid),
         "NORMALISE": int(normalise),
         "HAS_BIAS": int(biased),
-        "THREADS": threads,
+        "THREADS": THREADS,
+        "SHARING": 1 if few else SHARING,
         "FEW": FEW_BLOCKS if few else 0,
     }
-    blocks = FEW_BLOCKS if few else torch.cuda.get_device_properties(device).multi_processor_count
-    return kernel(SOURCE, "route", defines, 0, device), blocks, threads
+    blocks = FEW_BLOCKS if few else SHARING * torch.cuda.get_device_properties(device).multi_processor_count
+    # Counts and the bias; for each row of a warp its scores, keys, candidates and choice.
+    shared_bytes = 8 * experts + THREADS // 32 * ROWS * (4 * experts + 416)
+    return kernel(SOURCE, "route", defines, shared_bytes, device), blocks
 
 
 def _cleared(experts: int, device: torch.device) -> Tensor:
@@ -71,10 +74,6 @@ def _cleared(experts: int, device: torch.device) -> Tensor:
     if not ready:
         ready.extend(torch.zeros(CLEARED_AT_ONCE, experts, dtype=torch.int64, device=device))
     return ready.pop()
-
-
-def _threads(experts: int) -> int:
-    return THREADS if experts <= LONG_ROW else THREADS // 2
 
 
 def _launch(
@@ -94,14 +93,14 @@ def _launch(
     experts_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
     weights_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
     scores_TE = torch.empty_like(logits_TE)
-    few = tokens <= FEW_BLOCKS * _threads(experts) // 32
+    few = tokens <= FEW_BLOCKS * THREADS // LANES
     counts_E = torch.empty(experts, dtype=torch.int64, device=device) if few else _cleared(experts, device)
-    function, blocks, threads = _kernel(
+    function, blocks = _kernel(
         device, experts, few, bias_E is not None, top_k, sigmoid, groups, top_groups, group_best, normalise
     )
     function.launch(
         (blocks, 1, 1),
-        (threads, 1, 1),
+        (THREADS, 1, 1),
         logits_TE,
         logits_TE if bias_E is None else _from_16_bytes(bias_E),
         experts_TK,
