@@ -47,7 +47,7 @@ def _ungainly(
         return "it computes in float32 and logits_TE or bias_E is float64"
     if experts % PIECES or experts > LONGEST_ROW or top_k > LANES:
         return (
-            f"{LANES} threads share a row in pieces of {PIECES} experts, up to {LONGEST_ROW}, and take one choice each: "
+            f"{LANES} threads share a row in pieces of {PIECES} experts, up to {LONGEST_ROW}, one choice each: "
             f"there are {experts} experts and top_k is {top_k}"
         )
     if top_groups < groups and (LANES % groups or group_best > 2):
