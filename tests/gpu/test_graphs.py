@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,7 +67,10 @@ def test_graphs_give_the_same_tokens_and_the_same_cache(served: Transformer, cou
         assert torch.equal(a[64:], b[64:])  # any of the paddings that write to block 0 may be the last
 
 
-@pytest.mark.parametrize("params", [GREEDY, SamplingParams(max_tokens=24, top_p=0.9, ignore_eos=True)])
+@pytest.mark.parametrize(
+    "params",
+    [replace(GREEDY, max_tokens=48), SamplingParams(max_tokens=48, top_p=0.9, ignore_eos=True)],
+)
 def test_unequal_requests_that_come_and_go(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are padded, leave, move up and are preempted, and steps run ahead of their reading. In float32, where a
     padded product gives the same tokens."""
@@ -128,7 +132,8 @@ def test_speculation_through_graphs(params: SamplingParams, drafts: int) -> None
 
 
 def test_fp8_cache() -> None:
-    """Its kernel shares work out by the table's width, which graphs pad: results agree to rounding."""
+    """Its kernel shares work out by the table's width, which graphs pad: results agree to rounding, which now and then rounds a cached
+    latent to the next of the few values that FP8 has."""
     served = model(MLA)
     with_graphs, without = (
         Engine(served, 0, graphs=graphs, max_batch=8, cache_dtype="fp8").generate(prompts(8), GREEDY)
@@ -136,9 +141,9 @@ def test_fp8_cache() -> None:
     )
     for a, b in zip(with_graphs, without, strict=True):
         same = next((i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)) if x != y), 24)
-        assert a.logprobs[:same] == pytest.approx(b.logprobs[:same], abs=0.05)
+        assert a.logprobs[:same] == pytest.approx(b.logprobs[:same], abs=0.15)
         if same < 24:  # two tokens were about as probable
-            assert a.logprobs[same] == pytest.approx(b.logprobs[same], abs=0.05)
+            assert a.logprobs[same] == pytest.approx(b.logprobs[same], abs=0.15)
     assert sum(a.token_ids == b.token_ids for a, b in zip(with_graphs, without, strict=True)) >= 4
 
 
