@@ -132,8 +132,8 @@ def test_speculation_through_graphs(params: SamplingParams, drafts: int) -> None
 
 
 def test_fp8_cache() -> None:
-    """Its kernel shares work out by the table's width, which graphs pad: results agree to rounding, which now and then rounds a cached
-    latent to the next of the few values that FP8 has."""
+    """Its kernel shares work out by the table's width, which graphs pad: results agree to rounding, and rounding now
+    and then takes a cached latent to the next of the few values that FP8 has."""
     served = model(MLA)
     with_graphs, without = (
         Engine(served, 0, graphs=graphs, max_batch=8, cache_dtype="fp8").generate(prompts(8), GREEDY)
