@@ -46,6 +46,7 @@ def find(source: str, plugins: Plugins) -> Source:
     """What `source` means where runs are remembered by default; `RequestError` when it means nothing."""
     if Path(source).expanduser().exists():
         return find_at(source, Path(), "")
+    _registered(source)  # what can be no name at all is told without asking where runs are remembered
     from . import request
 
     asked = request.make(request.PIPELINE, [], plugins)
@@ -57,12 +58,7 @@ def find_at(source: str, root: Path, uri: str) -> Source:
     path = Path(source).expanduser()
     if path.exists():
         return Source(find_model(path))
-    registered = REGISTERED.fullmatch(source)
-    if RUN_ID.fullmatch(source) is None and registered is None:
-        raise RequestError(
-            f"'{source}' is no directory, no run id (32 hex digits) and no registered model (such as "
-            "deepwright@champion); expected one of them."
-        )
+    registered = _registered(source)
     from mlflow.exceptions import MlflowException
 
     from . import mlflow_tracker
@@ -83,6 +79,17 @@ def find_at(source: str, root: Path, uri: str) -> Source:
             continue
         return Source(found) if version is None else Source(found, version.name, str(version.version), version.tags)
     raise RequestError(f"The run '{source}' left no model that is still on the disk (looked in its directories).")
+
+
+def _registered(source: str) -> re.Match[str] | None:
+    """The parts of a registered name, None for a run id; `RequestError` for what is neither."""
+    registered = REGISTERED.fullmatch(source)
+    if RUN_ID.fullmatch(source) is None and registered is None:
+        raise RequestError(
+            f"'{source}' is no directory, no run id (32 hex digits) and no registered model (such as "
+            "deepwright@champion); expected one of them."
+        )
+    return registered
 
 
 def _version(client: MlflowClient, registered: re.Match[str]) -> ModelVersion:
