@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepwright_core.engine import TokenScore
 from deepwright_core.tokenizer import Tokenizer
-from deepwright_serve.answer import Answer, Continuation, StopStrings
+from deepwright_serve.answer import Answer, Continuation, Delta, StopStrings
 
 
 def feed(answer: Answer, tokenizer: Tokenizer, text: str) -> tuple[str, str]:
@@ -54,8 +55,44 @@ def test_a_broken_character_at_the_end_shows_as_replacement(tokenizer: Tokenizer
 
 
 def test_a_completion_writes_the_tags_out(tokenizer: Tokenizer) -> None:
-    text = "<think>17</think>42"
+    text = "<think>17</think>42<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{}"
     assert feed(Continuation(tokenizer), tokenizer, text) == ("", text)
+    assert feed(Continuation(tokenizer), tokenizer, "a<｜User｜>b<｜end▁of▁sentence｜>") == ("", "ab")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(),
+    stops=st.lists(st.sampled_from(["a", "ab", " is", "42", "你", "\ufffd", "zz"]), max_size=3),
+    calls=st.booleans(),
+    thinking=st.booleans(),
+)
+def test_whatever_is_drawn_the_pieces_make_up_the_whole(
+    tokenizer: Tokenizer, data: st.DataObject, stops: list[str], calls: bool, thinking: bool
+) -> None:
+    marks = st.sampled_from(sorted(tokenizer.marks.values()))
+    ids = data.draw(st.lists(marks | st.integers(0, tokenizer.vocab_size - 1), max_size=40))
+    for answer in (
+        Answer(tokenizer, stops=stops, calls=calls, thinking=thinking),
+        Continuation(tokenizer, stops=stops),
+    ):
+        total = Delta()
+        for token in ids:
+            total += answer.push(token, TokenScore(token, -1.0, ()))
+        total += answer.finish()
+        assert (total.content, total.reasoning) == (answer.content, answer.reasoning)
+        assert list(total.scores) == answer.scores
+        offsets = [scored.offset for scored in answer.scores]
+        assert offsets == sorted(offsets) and all(offset <= len(answer.content) for offset in offsets)
+        assert not answer.stopped or all(offset < len(answer.content) for offset in offsets)
+        assert not any(stop in answer.content for stop in stops)
+        for index, call in enumerate(answer.calls):
+            pieces = [piece for piece in total.calls if piece.index == index]
+            assert pieces[0].name == call.name != "" and all(piece.name is None for piece in pieces[1:])
+            assert "".join(piece.arguments for piece in pieces) == call.arguments
+        assert answer.tokens <= len(ids) and answer.reasoning_tokens <= answer.tokens
+        if not stops and isinstance(answer, Continuation):
+            assert [scored.score.token_id for scored in answer.scores] == ids
 
 
 @settings(max_examples=300, deadline=None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple
 
 from deepwright_core.engine import TokenScore
@@ -131,7 +132,7 @@ class Answer:
             return delta
         if score is not None and self._counts(token_id):
             self._pending.append(Scored(score, self._decoded))
-        delta = self._take(self._text(token_id))
+        delta = self._take(self._decoder.push(token_id))
         if token_id == self._tokenizer.think_end_id and self._thinking:
             # Half a character at the end of a thought does not become the answer's.
             delta += self._take(self._decoder.flush())
@@ -156,9 +157,6 @@ class Answer:
         """Whether a token belongs to the content: scores are given for no other."""
         return not self._thinking and token_id not in self._tokenizer.special_ids
 
-    def _text(self, token_id: int) -> str:
-        return self._decoder.push(token_id)
-
     def _take(self, text: str) -> Delta:
         if self._thinking:
             self.reasoning += text
@@ -179,8 +177,26 @@ class Answer:
         return released
 
 
+# Marks of a conversation's turns; in the text of a completion, all others are written out.
+TURNS = frozenset({"bos", "eos", "pad", "user", "assistant"})
+
+
 class Continuation(Answer):
-    """The text of a plain completion: no thinking is split off, its tags are written out, and every token counts."""
+    """The text of a plain completion: nothing is split off, the marks of thinking and of tools are written out (as
+    other programs do, whose tokenizers do not call them special), and every token counts."""
+
+    def __init__(self, tokenizer: Tokenizer, *, stops: Sequence[str] = ()) -> None:
+        super().__init__(tokenizer, stops=stops)
+        self._written = {i: tokenizer.spelling[mark] for mark, i in tokenizer.marks.items() if mark not in TURNS}
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, ids: Sequence[int], scores: Sequence[TokenScore | None] = ()) -> Continuation:
+        """A text that is there already: a prompt that is to stand before its continuation."""
+        text = cls(tokenizer)
+        for token, score in zip_longest(ids, scores[: len(ids)]):
+            text.push(token, score)
+        text.finish()
+        return text
 
     def push(self, token_id: int, score: TokenScore | None = None) -> Delta:
         if self.stopped:
@@ -188,12 +204,4 @@ class Continuation(Answer):
         self.tokens += 1
         if score is not None:
             self._pending.append(Scored(score, self._decoded))
-        return self._take(self._text(token_id))
-
-    def _text(self, token_id: int) -> str:
-        text = self._decoder.push(token_id)
-        if token_id == self._tokenizer.think_start_id:
-            return text + "<think>"
-        if token_id == self._tokenizer.think_end_id:
-            return text + "</think>"
-        return text
+        return self._take(self._decoder.push(token_id) + self._written.get(token_id, ""))

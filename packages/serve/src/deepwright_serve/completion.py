@@ -136,7 +136,7 @@ class Writer:
 
     def _echoed(self, index: int) -> str:
         prompt = self.request.prompts[index // self.request.choices]
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+        return prompt if isinstance(prompt, str) else Continuation.of(self._tokenizer, prompt).content
 
 
 async def _chunks(writer: Writer, head: dict[str, Any]) -> AsyncIterator[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from deepwright_core.engine import TokenScore
 from deepwright_core.tokenizer import Tokenizer
 
-from .answer import Scored
+from .answer import Continuation, Scored
 from .protocol.scores import Alternative, ChatLogprobs, PromptLogprob, PromptLogprobs, TextLogprobs, TokenLogprob
 
 # JSON has no infinity; this is what OpenAI writes for a token that cannot be.
@@ -57,15 +57,10 @@ def text_logprobs(
 
 def echoed_logprobs(tokenizer: Tokenizer, prompt: Sequence[int], scores: Sequence[TokenScore]) -> TextLogprobs:
     """The tokens of a prompt; scores are those of all but its first, which nothing comes before."""
-    logprobs = TextLogprobs(
+    first = TextLogprobs(
         tokens=[token_text(tokenizer, prompt[0])], token_logprobs=[None], top_logprobs=[None], text_offset=[0]
     )
-    decoder = tokenizer.decoding.stream()
-    offset = 0
-    for before, score in zip(prompt, scores, strict=False):
-        offset += len(decoder.push(before)) if before not in tokenizer.special_ids else 0
-        _append(logprobs, tokenizer, score, offset)
-    return logprobs
+    return text_logprobs(tokenizer, Continuation.of(tokenizer, prompt, (None, *scores)).scores, prompt=first)
 
 
 def _append(logprobs: TextLogprobs, tokenizer: Tokenizer, score: TokenScore, offset: int) -> None:
