@@ -28,14 +28,17 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{p}": 1e3 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (50, 90, 99)}
 
 
-def poisson(engine: Engine, rate: float, requests: int, prompt: int, tokens: int) -> Load:
-    """`requests` requests at `rate` a second on average, each of `prompt` tokens in and `tokens` out."""
+def poisson(engine: Engine, rate: float, requests: int, prompt: int, tokens: int, seed: int) -> Load:
+    """`requests` requests at `rate` a second on average, each of `prompt` tokens in and `tokens` out.
+
+    seed: of the prompts, which must be new to the engine, or its prefix cache has them.
+    """
     draw = random.Random(0)
     arrivals, at = [], 0.0
     for _ in range(requests):
         at += draw.expovariate(rate)
         arrivals.append(at)
-    waiting = prompts(engine.model.config.vocab_size, requests, prompt, seed=7)
+    waiting = prompts(engine.model.config.vocab_size, requests, prompt, seed)
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     arrived: dict[int, float] = {}
     last: dict[int, float] = {}

@@ -24,10 +24,13 @@ pytestmark = [
 MLA = {"name": "mla", "heads": 4, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
 GQA = {"name": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 64}
 MOE = {"name": "moe", "experts": 32, "top_k": 4, "intermediate_size": 128}
+DENSE = {"name": "dense"}  # in float32 torch's product over experts asks the host, which no graph can
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 
 
-def model(attention: dict[str, Any], dtype: torch.dtype = torch.bfloat16, modules: int = 0) -> Transformer:
+def model(
+    attention: dict[str, Any], dtype: torch.dtype = torch.bfloat16, modules: int = 0, ffn: dict[str, Any] = MOE
+) -> Transformer:
     config = ModelConfig(
         vocab_size=512,
         hidden_size=256,
@@ -38,7 +41,7 @@ def model(attention: dict[str, Any], dtype: torch.dtype = torch.bfloat16, module
         init_std=0.08,
         mtp=MtpConfig(depth=modules),
         attention=attention,
-        ffn=MOE,
+        ffn=ffn,
     )
     return build_model(installed().registry, config, seed=0).to("cuda", dtype).eval()
 
@@ -69,12 +72,13 @@ def test_graphs_give_the_same_tokens_and_the_same_cache(served: Transformer, cou
 
 @pytest.mark.parametrize(
     "params",
-    [replace(GREEDY, max_tokens=48), SamplingParams(max_tokens=48, top_p=0.9, ignore_eos=True)],
+    # Nothing truncated: a token at the edge of top_p comes or goes with the last bit of a logit.
+    [replace(GREEDY, max_tokens=48), SamplingParams(max_tokens=48, ignore_eos=True)],
 )
 def test_unequal_requests_that_come_and_go(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are padded, leave, move up and are preempted, and steps run ahead of their reading. In float32, where a
     padded product gives the same tokens."""
-    exact = model(MLA, torch.float32)
+    exact = model(MLA, torch.float32, ffn=DENSE)
     lengths = [params.max_tokens - i % 11 for i in range(21)]
     wanted = [SamplingParams(**{**vars(params), "max_tokens": n, "seed": i}) for i, n in enumerate(lengths)]
     results = []
@@ -87,6 +91,7 @@ def test_unequal_requests_that_come_and_go(params: SamplingParams, monkeypatch: 
         results.append(engine.generate(prompts(21), wanted))
         assert engine.stats.cache_blocks_used == 0
         assert engine.stats.preemptions > 0
+        assert engine._runner._graphs is None or engine._runner._graphs.refusal is None
     for a, b in zip(*results, strict=True):
         assert a.token_ids == b.token_ids
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
@@ -94,7 +99,7 @@ def test_unequal_requests_that_come_and_go(params: SamplingParams, monkeypatch: 
 
 def test_padding_writes_into_nobodys_blocks() -> None:
     """A row that was left must not go on writing: its block belongs to another sequence by now."""
-    exact = model(MLA, torch.float32)
+    exact = model(MLA, torch.float32, ffn=DENSE)
     engine = Engine(exact, 0, max_batch=8, cache_tokens=8 * 64)
     short, long = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True), GREEDY
     engine.generate(prompts(8, 30), [long, *[short] * 7])  # seven leave at once, their rows stay behind as padding
@@ -105,7 +110,7 @@ def test_padding_writes_into_nobodys_blocks() -> None:
 
 
 def test_contexts_that_outgrow_a_width() -> None:
-    exact = model(MLA, torch.float32)
+    exact = model(MLA, torch.float32, ffn=DENSE)
     prompt = (prompts(1)[0] * 1016)[:1016]
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
     with_graphs, without = (
@@ -119,7 +124,7 @@ def test_contexts_that_outgrow_a_width() -> None:
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(max_tokens=24, top_k=3, ignore_eos=True)])
 def test_speculation_through_graphs(params: SamplingParams, drafts: int) -> None:
     """Verifying and drafting are graphs of their own; what is drawn is what is drawn without drafts."""
-    exact = model(MLA, torch.float32, modules=2)
+    exact = model(MLA, torch.float32, modules=2, ffn=DENSE)
     results = [
         tokens(
             Engine(exact, 0, graphs=graphs, max_batch=7, cache_tokens=7 * 128, speculate=k).generate(
