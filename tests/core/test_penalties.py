@@ -15,7 +15,7 @@ VOCABULARY = 11
 
 
 def sequence(request_id: int, prompt: list[int], answer: list[int]) -> Sequence:
-    made = Sequence(request_id, list(prompt), SamplingParams(), limit=99, stop_ids=frozenset(), salt="")
+    made = Sequence(request_id, list(prompt), SamplingParams(), limit=99, stop_ids=frozenset(), salt="", adapter=0)
     for token in answer:
         made.append(Drawn(token, 0.0))
     return made
