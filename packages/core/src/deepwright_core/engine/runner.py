@@ -476,17 +476,12 @@ class ModelRunner:
         sampling.seed_B[span] = self._tensor([signed_seed(p.seed) for p in params])
 
     def _columns(self) -> list[Tensor]:
-        sampling = self._sampling_R
         return [
             self._adapter_R,
             self._token_R,
             self._length_R,
             self._blocks_RP,
-            sampling.temperature_B,
-            sampling.top_p_B,
-            sampling.min_p_B,
-            sampling.top_k_B,
-            sampling.seed_B,
+            *self._sampling_R.columns(),
             *(self._speculation.columns() if self._speculation is not None else ()),
         ]
 

@@ -32,20 +32,17 @@ class SamplingRows:
     top_k_B: Tensor  # int64
     seed_B: Tensor  # int64
 
+    def columns(self) -> tuple[Tensor, ...]:
+        """All of them, in order."""
+        return self.temperature_B, self.top_p_B, self.min_p_B, self.top_k_B, self.seed_B
+
     def first(self, count: int) -> SamplingRows:
         """Views of the first rows."""
-        return SamplingRows(
-            self.temperature_B[:count],
-            self.top_p_B[:count],
-            self.min_p_B[:count],
-            self.top_k_B[:count],
-            self.seed_B[:count],
-        )
+        return SamplingRows(*(column[:count] for column in self.columns()))
 
     def repeated(self, times: int) -> SamplingRows:
         """Each row `times` times, one after the other."""
-        columns = (self.temperature_B, self.top_p_B, self.min_p_B, self.top_k_B, self.seed_B)
-        return SamplingRows(*(column.repeat_interleave(times) for column in columns))
+        return SamplingRows(*(column.repeat_interleave(times) for column in self.columns()))
 
 
 def kept(scaled_BV: Tensor, rows: SamplingRows) -> Tensor:
