@@ -42,12 +42,12 @@ for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
 
 
 @cache
-def packages() -> dict[str, list[str]]:
-    """Our own distributions -> what their pyproject.toml declares (an editable installation may remember less)."""
+def packages() -> dict[str, dict[str, list[str]]]:
+    """Our own distributions -> what their pyproject.toml declares by extra, "" for none (an editable installation may
+    remember less)."""
     read = [tomllib.loads(path.read_text())["project"] for path in (ROOT / "packages").glob("*/pyproject.toml")]
     return {
-        # An extra called `test` is for what a package's own tests need and the package does not.
-        project["name"]: [*project.get("dependencies", []), *project.get("optional-dependencies", {}).get("test", [])]
+        project["name"]: {"": project.get("dependencies", []), **project.get("optional-dependencies", {})}
         for project in read
     }
 
@@ -72,16 +72,23 @@ def closure(names: Iterable[str]) -> set[str]:
             continue
         seen.add(key)
         try:
-            declared = packages().get(requirement.name) or distribution(requirement.name).requires or []
+            declared = _declared(requirement)
         except PackageNotFoundError:
             continue
         found.add(key[0])
-        extras = [{"extra": extra} for extra in requirement.extras] or [{"extra": ""}]
-        for line in declared:
-            inner = Requirement(line)
-            if inner.marker is None or any(inner.marker.evaluate(extra) for extra in extras):
-                waiting.append(inner)
+        waiting += declared
     return found
+
+
+def _declared(requirement: Requirement) -> list[Requirement]:
+    """What a distribution with these extras depends on; `PackageNotFoundError` if it is not installed."""
+    own = packages().get(requirement.name)
+    if own is not None:
+        # An extra called `test` is for what a package's own tests need and the package does not.
+        return [Requirement(line) for extra in ("", "test", *requirement.extras) for line in own.get(extra, [])]
+    extras = [{"extra": extra} for extra in requirement.extras] or [{"extra": ""}]
+    lines = [Requirement(line) for line in distribution(requirement.name).requires or []]
+    return [line for line in lines if line.marker is None or any(line.marker.evaluate(extra) for extra in extras)]
 
 
 def isolation(package: str) -> dict[str, list[str]]:
