@@ -14,6 +14,7 @@ from deepwright_core.errors import RequestError
 from deepwright_core.events import (
     CheckpointEvent,
     EvaluationEvent,
+    RequestEvent,
     RolloutEvent,
     RunEvent,
     StageEvent,
@@ -175,6 +176,9 @@ EVENTS = {
     "step_end": StepEvent("rl", 3, 10, {"loss": 0.5}),
     "checkpoint_saved": CheckpointEvent("rl", 3, Path("runs/rl/checkpoints/3")),
     "rollout_done": RolloutEvent("rl", 3, [{"reward": 1.0}]),
+    "request_done": RequestEvent(
+        "req_1", "/v1/completions", "deepwright", "", 200, "", 0.0, 1.5, 0.0, 0.5, 4, 0, 8, 0, ("stop",)
+    ),
     "evaluation_done": EvaluationEvent("rl", 3, "validation", {"accuracy": 0.5}),
 }
 
