@@ -189,6 +189,7 @@ def main() -> None:
             for name in RUNS:
                 print(f"seed {seed}, {name}", flush=True)
                 results[seed][name] = train(options, plugins, name, seed, prepared, root)
+                print("  " + ", ".join(f"{k.replace('_', ' ')} {v:,.4f}" for k, v in results[seed][name].items()))
 
     device = torch.cuda.get_device_name() if gpu else "CPU"
     print(f"\n{device}, {options.steps} steps of {options.batch} x {options.sequence} tokens, width {options.width}")
