@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from kernel_cases.case import Settings
 from kernel_cases.timing import copy_rate
+from serve_measures.adapters import RANK, random_adapter
 from serve_measures.load import poisson
 from serve_measures.memory import LONG, cache_bytes_per_token, concurrent_contexts
 from serve_measures.models import MODELS, random_model
@@ -33,7 +36,7 @@ from deepwright_core.model.cost import count
 from deepwright_core.model.directory import load_model
 from deepwright_core.plugins import installed
 
-PARTS = ("decode", "speculation", "prefill", "load", "memory")
+PARTS = ("decode", "adapters", "speculation", "prefill", "load", "memory")
 HEADROOM = 512  # tokens of cache for each sequence beyond its prompt
 PEER_TOKENS = 34
 
@@ -48,6 +51,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="decode steps that are timed")
     parser.add_argument("--temperature", type=float, default=0.0, help="of decoding; the peer is greedy")
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3], help="tokens that speculation drafts")
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8], help="LoRA adapters loaded at once")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8], help="shares of the throughput")
     parser.add_argument("--requests", type=int, help="requests at each load")
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer under load")
@@ -113,10 +117,12 @@ class Report:
         )
 
     def _decode(self, batch: int, drafts: int = 0) -> Decode:
-        engine = self.engine(batch, drafts)
+        return self._measure(self.engine(batch, drafts), batch)
+
+    def _measure(self, engine: Engine, batch: int, adapters: Sequence[str] = ("",)) -> Decode:
         vocabulary, length = self.model.config.vocab_size, self.chosen.prompt
         given = own_texts(engine, batch, length) if self.trained else prompts(vocabulary, batch, length)
-        return decode(engine, self.cost, given, self.chosen.steps, self.chosen.temperature, self.rate)
+        return decode(engine, self.cost, given, self.chosen.steps, self.chosen.temperature, self.rate, adapters)
 
     def decode(self) -> None:
         """Tokens a second by batch."""
@@ -141,6 +147,28 @@ class Report:
                 flush=True,
             )
         self.found["decode"] = rows
+
+    def adapters(self) -> None:
+        """Decode while LoRA adapters are loaded, and the requests use them in turn."""
+        print(f"\nadapters of attention, rank {RANK}: the requests use them in turn")
+        print(f"{'batch':>6} {'adapters':>9} {'tok/s':>10} {'ms a step':>10} {'of none':>8}")
+        rows = []
+        with tempfile.TemporaryDirectory() as folder:
+            random_adapter(self.model, Path(folder))
+            for batch in self.chosen.batches:
+                plain = self._decoded.get(batch) or self._decode(batch)
+                for number in self.chosen.adapters:
+                    engine, names = self.engine(batch), [f"adapter-{i}" for i in range(number)]
+                    for name in names:
+                        engine.load_adapter(name, Path(folder))
+                    row = self._measure(engine, batch, names)
+                    for name in names:
+                        engine.drop_adapter(name)
+                    share = row.tokens_per_second / plain.tokens_per_second
+                    rows.append(asdict(row) | {"adapters": number, "share_of_none": share})
+                    speed = f"{row.tokens_per_second:>10,.0f} {row.milliseconds:>10.3f} {share:>8.0%}"
+                    print(f"{batch:>6} {number:>9} {speed}", flush=True)
+        self.found["adapters"] = rows
 
     def speculation(self) -> None:
         """Acceptance and gain of the model's MTP modules, and from how many tokens a step on there is a gain: that is a

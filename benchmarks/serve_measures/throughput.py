@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,15 +65,27 @@ def step_bytes(cost: Cost, batch: int, context: int, weight_bytes: int, cache_by
     return (sum(parts.values()) + head + experts) * weight_bytes + batch * context * cache_bytes
 
 
-def decode(engine: Engine, cost: Cost, given: list[list[int]], steps: int, temperature: float, rate: float) -> Decode:
+def decode(
+    engine: Engine,
+    cost: Cost,
+    given: list[list[int]],
+    steps: int,
+    temperature: float,
+    rate: float,
+    adapters: Sequence[str] = ("",),
+) -> Decode:
     """Decode all of the prompts `given` for `steps` steps; scheduling, sampling and copies included.
 
-    rate: bytes that the machine copies, in units of 10¹² a second.
+    rate: bytes that the machine copies, in units of 10¹² a second. adapters: names, used in turn.
     """
     runner = engine._runner
     batch, weight = len(given), next(iter(engine.model.parameters()))
     ids = [
-        engine.add(prompt, SamplingParams(max_tokens=1 << 20, temperature=temperature, seed=i, ignore_eos=True))
+        engine.add(
+            prompt,
+            SamplingParams(max_tokens=1 << 20, temperature=temperature, seed=i, ignore_eos=True),
+            adapter=adapters[i % len(adapters)],
+        )
         for i, prompt in enumerate(given)
     ]
     while len(engine._scheduler.decoding) < batch:

@@ -57,7 +57,7 @@ def test_two_gpus_generate_what_one_does(tmp_path: Path) -> None:
         for _ in range(2):  # the second time from the prefix cache
             together = engine.generate(prompts, params)
             assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
-        ranks.leave()
+        model.leave()
     finally:
         followers.end()
     assert followers.loss is None

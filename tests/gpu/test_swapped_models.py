@@ -49,6 +49,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def free() -> int:
+    """Bytes of the whole device: the test wants a GPU that nobody else is using."""
     return int(torch.cuda.mem_get_info()[0])
 
 

@@ -62,6 +62,6 @@ def over_ranks(
             model = LeadingModel(load_share(directory, plugins.installed().registry, ranks, device, dtype), ranks)
             yield loading.put_on([model], directory, name, version, {}, graphs="off"), followers
             if followers.loss is None:
-                ranks.leave()
+                model.leave()
         finally:
             followers.end()

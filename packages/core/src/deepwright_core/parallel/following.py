@@ -1,7 +1,7 @@
 """A rank that follows: it loads its share of the experts and makes the calls that rank 0 tells it to.
 
 `python -m deepwright_core.parallel.following TASK` is started by `leading.Followers`; TASK is JSON. It ends when
-standard input is closed, which is when rank 0 has ended, and when a call fails.
+standard input is closed, which is when rank 0 has ended or wants it to, and when a call fails.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .ranks import Ranks
 
 
 def follow(task: dict[str, Any]) -> None:
-    """Be rank `task["rank"]` for as long as this process lives."""
+    """Be rank `task["rank"]` until rank 0 says goodbye."""
     torch.set_num_threads(task["threads"])
     device = torch.device(task["device"])
     if device.type == "cuda":
@@ -46,6 +46,7 @@ def follow(task: dict[str, Any]) -> None:
                 tokens_BQ, positions_BQ, slots_BQ, blocks_BP, lengths_B = tensors
                 batch = CacheBatch(positions_BQ, slots_BQ, blocks_BP, lengths_B, numbers[3])
                 model.extend(tokens_BQ, cache, batch)
+    ranks.leave()
 
 
 def _end_with_standard_input() -> None:
@@ -60,9 +61,11 @@ def main() -> None:
     # A terminal's Ctrl-C and a service manager's end reach all processes; rank 0 decides what is finished first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    ending = threading.Thread(target=_end_with_standard_input, daemon=True)
+    ending.start()
     try:
         follow(json.loads(sys.argv[1]))
+        ending.join()
     except RequestError as error:
         print("\n".join(error.problems), file=sys.stderr)
         sys.exit(2)

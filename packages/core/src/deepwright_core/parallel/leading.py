@@ -25,8 +25,9 @@ from ..model.cache import CacheBatch
 from ..model.transformer import Transformer
 from .ranks import Ranks
 
-OPEN, EXTEND = range(2)
-"""What a message to the other ranks begins with: a new cache of [slots, is FP8]; a call of [B, Q, P, block size]."""
+OPEN, EXTEND, GOODBYE = range(3)
+"""What a message to the other ranks begins with: a new cache of [slots, is FP8]; a call of [B, Q, P, block size]; the
+end."""
 MESSAGE = 5
 GOODBYE_SECONDS = 10.0
 
@@ -71,16 +72,23 @@ class LeadingModel(nn.Module):
         """float32 logits of hidden states, by this rank."""
         return self.model.logits(hidden)
 
+    def leave(self) -> None:
+        """Say goodbye to the other ranks. All leave together: NCCL waits for the last."""
+        self._say(GOODBYE)
+        self._ranks.leave()
+
     def _say(self, *message: int) -> None:
         self._ranks.tell_hosts(torch.tensor([*message, *[0] * (MESSAGE - len(message))]))
 
 
 def told(ranks: Ranks, device: torch.device) -> Iterator[tuple[int, list[int], list[Tensor]]]:
-    """The other ranks' end of it: kind of message, its numbers, and the tensors of a call."""
+    """The other ranks' end of it, until the goodbye: kind of message, its numbers, and the tensors of a call."""
     while True:
         message = torch.zeros(MESSAGE, dtype=torch.int64)
         ranks.tell_hosts(message)
         kind, *numbers = message.tolist()
+        if kind == GOODBYE:
+            return
         tensors: list[Tensor] = []
         if kind == EXTEND:
             batch, queries, blocks, _ = numbers

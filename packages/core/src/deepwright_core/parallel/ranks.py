@@ -59,7 +59,7 @@ class Ranks:
         return cls(rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))
 
     def leave(self) -> None:
-        """Say goodbye; the others cannot go on without."""
+        """Leave the group, as all do at the same time."""
         dist.destroy_process_group()
 
     def share(self, count: int, what: str) -> slice:
