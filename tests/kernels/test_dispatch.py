@@ -19,6 +19,7 @@ from deepwright_kernels import (
     rms_norm,
     rotary,
 )
+from deepwright_kernels.constant_result import constant_result
 
 CPU = torch.zeros(1)
 
@@ -181,12 +182,24 @@ def test_torch_compile_sees_through_the_dispatch() -> None:
     torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(model(x), x))
 
 
-def test_importing_and_using_the_package_on_a_cpu_leaves_triton_alone() -> None:
+def test_constant_results_bear_the_mark_that_torch_sets() -> None:
+    def ours() -> int:
+        return 1
+
+    def torchs() -> int:
+        return 1
+
+    assert constant_result(ours)() == 1
+    assert vars(ours) == vars(torch.compiler.assume_constant_result(torchs))
+
+
+def test_importing_and_using_the_package_on_a_cpu_leaves_triton_and_the_tracer_alone() -> None:
     program = """
 import sys, torch, deepwright_kernels as k
 k.rms_norm(torch.ones(2, 4), torch.ones(4))
 k.rotary(torch.ones(2, 4), torch.ones(2, 2), torch.ones(2, 2))
 loaded = [name for name in sys.modules if name == "deepwright_kernels" or name.startswith("deepwright_kernels.")]
 assert not [name for name in loaded if name.endswith(".triton")], loaded
+assert "torch._dynamo" not in sys.modules, "torch's tracer takes a second to import"
 """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .constant_result import constant_result
+
 AUTO = "auto"
 REFERENCE = "reference"
 BUILT_IN = (AUTO, REFERENCE, "triton", "torch", "cuda")
@@ -233,7 +235,7 @@ def load(name: str, backend: str) -> Callable[..., Any]:
     return _functions[backend][name]
 
 
-@torch.compiler.assume_constant_result  # torch.compile must not trace imports
+@constant_result  # torch.compile must not trace imports
 def _import_backend(backend: str) -> bool:
     """Import this backend of every operator, at once: a graph that is being traced sees the table complete."""
     if _imported.get(backend) == len(_operators):
@@ -248,14 +250,14 @@ def _import_backend(backend: str) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _installed(module: str) -> bool:
     if module not in _found:
         _found[module] = importlib.util.find_spec(module) is not None
     return _found[module]
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def capability(index: int) -> tuple[int, int]:
     """The compute capability of a CUDA device, a constant for torch.compile."""
     if index not in _capabilities:
@@ -302,7 +304,7 @@ def _why_not_cuda(tensor: Tensor) -> str | None:
     return _why_not_hopper(tensor.device.index or 0)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot compare the tuple that another constant function gives
+@constant_result  # torch.compile cannot compare the tuple that another constant function gives
 def _why_not_hopper(index: int) -> str | None:
     present = capability(index)
     if present == (9, 0):

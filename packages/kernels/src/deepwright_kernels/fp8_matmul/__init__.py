@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..arguments import require_device, shape_of
+from ..constant_result import constant_result
 from ..fp8_layout import (
     PRODUCTS,
     ROW_BYTES,
@@ -29,7 +30,7 @@ def _why_not_hopper(a_MK: Tensor, a_scale_MV: Tensor, b_NK: Tensor, b_scale: Ten
     return ragged_output(b_NK.shape[0], dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _has_scaled_mm(index: int) -> bool:
     cuda = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
     return torch.version.hip is None and cuda >= (12, 9) and dispatch.capability(index) == (9, 0)
