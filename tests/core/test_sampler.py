@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from deepwright_core.engine.sampler import SamplingRows, sample
 from deepwright_core.engine.sequence import SamplingParams
 from deepwright_core.errors import RequestError
-from deepwright_kernels.token_race.reference import uniform
+from deepwright_kernels.draw_tokens.reference import uniform
 
 MASK = (1 << 64) - 1
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from deepwright_kernels import (
     add_rms_norm,
     context_attention,
+    draw_tokens,
     expert_order,
     grouped_linear,
     grouped_swiglu,
@@ -23,7 +24,6 @@ from deepwright_kernels import (
     rotary,
     rotary_tail,
     route,
-    token_race,
     unpermute,
 )
 from deepwright_kernels.row_by_row import is_row_by_row, row_by_row
@@ -116,10 +116,13 @@ def test_drawing() -> None:
     logits_BV, temperature_B = 3 * torch.randn(ROWS, 37), torch.rand(ROWS).round(decimals=1)
     seed_B, position_B = torch.randint(1 << 40, (2, ROWS))
 
-    def drawn(*rows: Tensor) -> tuple[Tensor, Tensor]:
-        return token_race(*rows, 1e-5, True)
+    top_p_B, min_p_B = (torch.rand(ROWS) * 1.5 + 0.2).clamp(max=1.0), torch.rand(ROWS).clamp(min=0.9) - 0.9
+    top_k_B = torch.randint(9, (ROWS,))
 
-    rows = (logits_BV, temperature_B, seed_B, position_B)
+    def drawn(*rows: Tensor) -> tuple[Tensor, Tensor]:
+        return draw_tokens(*rows)
+
+    rows = (logits_BV, temperature_B, top_p_B, min_p_B, top_k_B, seed_B, position_B)
     token_B, logprob_B = assert_rows_are_their_own(drawn, *rows)
     assert torch.equal(token_B, drawn(*rows)[0])
     torch.testing.assert_close(logprob_B, drawn(*rows)[1])

@@ -2,6 +2,7 @@
 
 from .context_attention import context_attention
 from .dispatch import BackendWarning, add_backend, backend_for, choices, configure, operators
+from .draw_tokens import draw_tokens
 from .fp8_blocks import dequantise_fp8_blocks, quantise_fp8_blocks
 from .fp8_feed_forward import fp8_feed_forward, fp8_grouped_feed_forward
 from .fp8_grouped_matmul import fp8_grouped_matmul
@@ -21,7 +22,6 @@ from .rms_norm import add_rms_norm, rms_norm
 from .rotary import rotary, rotary_tail
 from .route import Choice, route
 from .token_permutation import ExpertOrder, expert_order, permute, unpermute
-from .token_race import token_race
 
 __all__ = [
     "BackendWarning",
@@ -34,6 +34,7 @@ __all__ = [
     "configure",
     "context_attention",
     "dequantise_fp8_blocks",
+    "draw_tokens",
     "expert_order",
     "fp8_feed_forward",
     "fp8_grouped_feed_forward",
@@ -61,7 +62,6 @@ __all__ = [
     "route",
     "swiglu_backward_quantise_fp8",
     "swiglu_quantise_fp8",
-    "token_race",
     "unpermute",
     "weighted_linear_cross_entropy",
 ]

@@ -201,12 +201,6 @@ def _add_rms_norm(draw: Draw) -> tuple[Any, ...]:
     return draw(37, 256, grad=True), draw(37, 256, grad=True), draw(256, dtype=torch.float32, grad=True), 1e-6
 
 
-@inputs("token_race")
-def _token_race(draw: Draw) -> tuple[Any, ...]:
-    temperature_B = torch.linspace(0.0, 2.0, 9).to(draw.device)
-    return draw(9, 1000, dtype=torch.float32), temperature_B, draw.below(99, 9), draw.below(999, 9), 1e-5, True
-
-
 @inputs("rotary", "rotary_tail")
 def _rotary(draw: Draw) -> tuple[Any, ...]:
     angle_SHF = draw(20, 1, 32, dtype=torch.float32)
@@ -362,3 +356,16 @@ def _weighted_linear_cross_entropy(draw: Draw) -> tuple[Any, ...]:
 @inputs("newton_schulz", tolerance=0.1)
 def _newton_schulz(draw: Draw) -> tuple[Any, ...]:
     return draw(3, 48, 80), 5
+
+
+@inputs("draw_tokens")
+def _draw_tokens(draw: Draw) -> tuple[Any, ...]:
+    rows = [
+        torch.tensor([0.0, 0.7, 1.0, 1.5]).repeat(4),
+        torch.tensor([1.0, 0.9]).repeat(8),
+        torch.tensor([0.0, 0.0, 0.0, 0.05]).repeat_interleave(4),
+    ]
+    top_k_B = draw.numbers(*([0] * 8 + [40] * 8))
+    seed_B, position_B = draw.below(1 << 40, 16), draw.below(1 << 20, 16)
+    logits_BV = draw(16, 500, dtype=torch.float32, scale=3.0)
+    return logits_BV, *(row.to(draw.device) for row in rows), top_k_B, seed_B, position_B, True, True

@@ -11,6 +11,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from deepwright_kernels.draw_tokens import GREEDY_BELOW
+
 from ..errors import RequestError
 from .grammar import Grammar
 from .rules import Rules
@@ -18,9 +20,6 @@ from .scores import MAX_ALTERNATIVES, TokenScore
 from .thinking import ThinkingControl
 
 FinishReason = Literal["stop", "length", "cancelled"]
-
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing by them only makes infinities of what is already an argmax."""
 
 
 @dataclass(frozen=True)

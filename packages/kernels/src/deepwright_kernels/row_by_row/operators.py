@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import dispatch
+from ..draw_tokens.reference import draw_tokens
 from ..latent_cache_write.reference import store
 from ..rotary import reference as rotary
 from ..route import reference as route
-from ..token_race.reference import token_race as race
 from . import attention, elementwise, products
 
 
@@ -92,16 +92,15 @@ def _grouped_swiglu(x_TD: Tensor, gate_up_EID: Tensor, order_R: Tensor, place_TK
     return (functional.silu(gate_RI) if gate_RI.is_cuda else elementwise.silu(gate_RI)) * up_RI
 
 
-def _token_race(
-    logits_BV: Tensor, temperature_B: Tensor, seed_B: Tensor, position_B: Tensor, greedy_below: float, any_random: bool
-) -> tuple[Tensor, Tensor]:
-    columns = (logits_BV, temperature_B, seed_B, position_B)
+def _draw_tokens(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *columns, any_random, any_truncated = arguments
+    logits_BV: Tensor = columns[0]
     if logits_BV.is_cuda or not len(logits_BV):
         backend = "triton" if logits_BV.is_cuda else "reference"
-        drawn: tuple[Tensor, Tensor] = dispatch.load("token_race", backend)(*columns, greedy_below, any_random)
+        drawn: tuple[Tensor, Tensor] = dispatch.load("draw_tokens", backend)(*arguments)
         return drawn
-    each = [column.split(1) for column in columns]
-    parts = [race(a, t, s, p, greedy_below, any_random) for a, t, s, p in zip(*each, strict=True)]
+    rows = [[column[row : row + 1] for column in columns] for row in range(len(logits_BV))]
+    parts = [draw_tokens(*[*row, any_random, any_truncated]) for row in rows]
     return torch.cat([token_1 for token_1, _ in parts]), torch.cat([logprob_1 for _, logprob_1 in parts])
 
 
@@ -117,7 +116,7 @@ FORMS: dict[str, Callable[..., Any]] = {
     "mla_paged_decode": attention.mla_paged_decode,
     "context_attention": attention.context_attention,
     "route": route.route,
-    "token_race": _token_race,
+    "draw_tokens": _draw_tokens,
     "expert_order": _by("triton", "reference", "expert_order"),
     "permute": _by("triton", "torch", "permute"),
     "unpermute": _unpermute,
