@@ -5,9 +5,10 @@
 Weights are random, or those of a model directory, and the same for the peer. Decode is the median step once all prompts
 are in, scheduling, sampling and the copy to the host included; its roofline is what a step has to read over what this
 machine copies in the same run. Speculation is measured on what the model itself writes: only a trained model's modules
-guess that; what must be guessed for a gain is told with any weights. Latency is measured on the engine in this process,
-at shares of the throughput measured before. Defaults are a minute on two CPU cores; on a GPU the default model is the
-one of docs/serving.md. Leaves out HTTP (its cost is the server's) and several GPUs.
+guess that; what must be guessed for a gain is told with any weights. Load is put on the engine in this process, at
+shares of the throughput measured before. The part `http` writes the model to a temporary directory and is the client of
+a server in a process of its own. Defaults take two minutes on two CPU cores; on a GPU the default model is the one of
+docs/serving.md (13 GB on the disk for `http`). Leaves out several GPUs.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from serve_measures.adapters import RANK, random_adapter
 from serve_measures.load import poisson
 from serve_measures.memory import LONG, cache_bytes_per_token, concurrent_contexts
 from serve_measures.models import MODELS, random_model
+from serve_measures.over_http import hang_up_half, pair_tokenizer, served, stream_together
 from serve_measures.peer import Peer
 from serve_measures.throughput import Decode, decode, own_texts, prefill, prompts
 
 from deepwright_core.engine import Engine
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.cost import count
-from deepwright_core.model.directory import load_model
+from deepwright_core.model.directory import find_model, load_model, save_model
 from deepwright_core.plugins import installed
 
-PARTS = ("decode", "adapters", "speculation", "prefill", "load", "memory")
+PARTS = ("decode", "adapters", "speculation", "prefill", "load", "memory", "http")
 HEADROOM = 512  # tokens of cache for each sequence beyond its prompt
 PEER_TOKENS = 34
 
@@ -55,6 +57,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8], help="shares of the throughput")
     parser.add_argument("--requests", type=int, help="requests at each load")
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer under load")
+    parser.add_argument("--hang-ups", type=int, default=500, help="streams over HTTP of which half are hung up on")
     parser.add_argument("--cache-dtype", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--graphs", choices=["auto", "off"], default="auto")
     parser.add_argument("--batch-invariant", action="store_true", help="the same bits in any company")
@@ -245,6 +248,36 @@ class Report:
         print(f"\ncache: {measured:,.0f} bytes a token as allocated; contexts of {LONG} that fit beside the weights:")
         for kind, row in contexts.items():
             print(f"{kind:>18}: {row['bytes_per_token']:>9,.0f} bytes a token, {row['contexts']:>6,} contexts")
+
+    def http(self) -> None:
+        """The same decoding as clients of the server have it, which runs in a process of its own."""
+        chosen, vocabulary = self.chosen, self.model.config.vocab_size
+        alone = {batch: self._decoded.get(batch) or self._decode(batch) for batch in chosen.batches}
+        most = max(chosen.batches)
+        rows = []
+        with tempfile.TemporaryDirectory() as folder:
+            directory = find_model(Path(chosen.model)) if self.trained else Path(folder)
+            if not self.trained:
+                save_model(self.model, directory)
+                pair_tokenizer(vocabulary).save(directory)
+            with served(directory, chosen.device, most, most * (chosen.prompt + HEADROOM)) as server:
+                print(f"\nstreams over HTTP of {chosen.steps} tokens; milliseconds: p50 / p90 / p99")
+                print(f"{'streams':>8} {'tok/s':>9} {'of engine':>10}   {'first token':>22}   {'next event':>22}")
+                for batch in chosen.batches:
+                    for seed in (1000 + 2 * batch, 1001 + 2 * batch):  # once unmeasured: kernels are compiled
+                        row = stream_together(server.address, vocabulary, batch, chosen.prompt, chosen.steps, seed)
+                    share = row.tokens_per_second / alone[batch].tokens_per_second
+                    rows.append(asdict(row) | {"share_of_engine": share})
+                    first, gap = (
+                        " / ".join(f"{value:.1f}" for value in each.values()) for each in (row.first_token, row.gap)
+                    )
+                    print(
+                        f"{batch:>8} {row.tokens_per_second:>9,.0f} {share:>10.0%}   {first:>22}   {gap:>22}",
+                        flush=True,
+                    )
+                left = hang_up_half(server.address, vocabulary, chosen.hang_ups)
+        print(f"{chosen.hang_ups} streams, half of them hung up midway: {left:.2%} of the cache is in use afterwards")
+        self.found["http"] = {"streams": rows, "hang_ups": chosen.hang_ups, "cache_in_use_afterwards": left}
 
 
 def main() -> None:
