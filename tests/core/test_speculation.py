@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deepwright_core.engine import Engine, SamplingParams
+from deepwright_core.engine import Engine, SamplingParams, ThinkingControl
 from deepwright_core.errors import RequestError
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.transformer import Transformer, build_model
@@ -118,6 +118,27 @@ def test_rows_whose_next_token_hangs_on_the_host_take_no_drafts(registry: Regist
     for completion, tokens in zip(want, events.values(), strict=True):
         assert [event.token_id for event in tokens] == completion.token_ids
     assert [event.score.token_id for event in events[1]] == want[1].token_ids
+
+
+def test_rules_let_drafts_through_for_as_long_as_they_leave_the_draws_alone(registry: Registry) -> None:
+    model = build(registry, 1, agreement=0.8)
+    budget = ThinkingControl(end_id=5, opened=True, budget=7, closing=(3,), start_id=4)
+    unopened = replace(budget, opened=False, budget=4)
+    least = ThinkingControl(end_id=5, opened=True, least=6, continuation=(2, 1))
+    sampled = replace(GREEDY, max_tokens=24, temperature=0.9)
+    kinds = [replace(sampled, thinking=control) for control in (budget, unopened, least)]
+    kinds.append(replace(sampled, min_tokens=6, ignore_eos=False))
+    wanted = [replace(kind, seed=seed) for seed in range(6) for kind in kinds]
+    want = Engine(model, 0).generate([PROMPT] * 24, wanted)
+    assert any(any(completion.forced) for completion in want)
+    for shape in ({}, {"block_size": 2, "cache_tokens": 120, "max_batch": 9}):
+        engine = Engine(model, 0, speculate=3, **shape)
+        have = engine.generate([PROMPT] * 24, wanted)
+        assert [(c.token_ids, c.forced, c.finish_reason) for c in have] == [
+            (c.token_ids, c.forced, c.finish_reason) for c in want
+        ]
+        assert engine.stats.accepted_tokens > 0.2 * engine.stats.generation_tokens
+    assert engine.stats.preemptions > 0
 
 
 def test_the_distribution_is_the_targets(registry: Registry) -> None:

@@ -5,6 +5,7 @@ This is the host's part, plain Python over tokens; `controls` does to the logits
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -78,6 +79,20 @@ class Rules:
         set_bits(bounded_W, ends, False)
         # Where the grammar leaves only what may not end yet, the grammar has its way: something must be drawn.
         return Bounds(allowed_W=bounded_W if bounded_W.any() else allowed_W)
+
+    @property
+    def free_draws(self) -> float:
+        """How many draws from here on are bound to nothing, whatever they give."""
+        if self._tokens < self._least or self._grammar is not None:
+            return 0
+        control, thinking = self._control, self._thinking
+        if control is None or thinking is None:
+            return math.inf
+        if thinking.queue or control.too_early(thinking):
+            return 0
+        if control.budget is None or not (thinking.inside or control.start_id is not None):
+            return math.inf
+        return max(0, control.budget - thinking.thoughts)
 
     def take(self, token: int, forced: bool) -> Literal["stop", "length"] | None:
         """Go on behind a token; why the answer cannot: its text is complete, or a limit of its grammar was reached."""

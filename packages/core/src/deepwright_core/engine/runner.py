@@ -430,9 +430,10 @@ class ModelRunner:
             new = [(s.row, place, s.blocks[place]) for s, first in plan.grown for place in range(first, len(s.blocks))]
             rows, places, blocks = self._tensor(np.array(new).T)
             self._blocks_RP[rows, places] = blocks
-            if self._speculation is not None:
-                room = [(s.row, s.room(self.block_size)) for s, _ in plan.grown]
-                rows, rooms = self._tensor(np.array(room).T)
+        if self._speculation is not None:
+            changed = [sequence for sequence, _ in plan.grown] + [s for s in plan.decode if s.rules is not None]
+            if changed:
+                rows, rooms = self._tensor(np.array([(s.row, s.room(self.block_size)) for s in changed]).T)
                 self._speculation.room_R[rows] = rooms
 
     def _clear(self, count: int) -> None:

@@ -125,8 +125,9 @@ class SamplingParams:
 
     @property
     def speculative(self) -> bool:
-        """Whether a token's distribution is known before the tokens drafted ahead of it have been drawn."""
-        return not (self.penalised or self.ruled or self.logit_bias) and self.scores is None
+        """Whether drafted tokens are of use: what is drawn after them hangs on the model alone, but for rules, which
+        say themselves how long they leave it alone (`Rules.free_draws`)."""
+        return not (self.penalised or self.logit_bias) and self.scores is None
 
 
 class Drawn(NamedTuple):
@@ -250,8 +251,12 @@ class Sequence:
         return len(self.tokens)
 
     def room(self, block_size: int) -> int:
-        """Drafted tokens are of use at positions below this: they have a slot, and a token may follow them."""
-        return min(len(self.blocks) * block_size, self.limit - 1) if self.params.speculative else 0
+        """Drafted tokens are of use at positions below this: they have a slot, and a token may follow them, which is
+        drawn freely."""
+        if not self.params.speculative:
+            return 0
+        room = min(len(self.blocks) * block_size, self.limit - 1)
+        return room if self.rules is None else int(min(room, len(self.tokens) + max(0, self.rules.free_draws - 1)))
 
     @property
     def told_prompt_scores(self) -> tuple[TokenScore, ...] | None:

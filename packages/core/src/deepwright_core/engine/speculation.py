@@ -23,8 +23,8 @@ d's up to n - 1 - d: every step writes as many entries of each. Two things follo
 
 What modules write for drafts lies behind these entries and is overwritten by them. All tensors are static: a step asks
 the device nothing. Left out: trees of drafts, and drafts for rows whose next distribution hangs on the host's state
-(`SamplingParams.speculative`): their drafts are never accepted, while their modules' entries are kept right for those
-who share their blocks.
+(`SamplingParams.speculative`, `Sequence.room`): their drafts are not accepted, while their modules' entries are kept
+right for those who share their blocks.
 
 Shapes: R rows, B of them, K drafts, Q = K + 1 queries, M modules, J sequences whose prefill is complete, P blocks,
 N slots, D hidden size, V vocabulary.
