@@ -243,6 +243,8 @@ def test_whatever_comes_together(oracle: Oracle, data: st.DataObject) -> None:
         max_batch=data.draw(st.sampled_from([1, 3, 8])),
         speculate=data.draw(st.sampled_from([0, 0, 1, 2, 3])),
     )
+    if data.draw(st.booleans()):
+        start_ahead(engine._runner)
     checked = Checked(oracle, engine)
     arrivals = data.draw(
         st.lists(
