@@ -76,6 +76,8 @@ class Oracle:
         logits_V = model.logits(model(torch.tensor([tokens]))[0, -1]).float()
         for token in set(tokens[prompt:]):
             logits_V[token] -= params.presence_penalty
+        for token, bias in params.logit_bias:
+            logits_V[token] += bias
         if params.greedy:
             return int(logits_V.argmax())
         rows = SamplingRows(
@@ -132,6 +134,7 @@ PARAMS = [
     SamplingParams(max_tokens=9, temperature=0.7),
     SamplingParams(max_tokens=9, temperature=1.3, top_k=5, top_p=0.9),
     SamplingParams(max_tokens=7, temperature=0, presence_penalty=1.5, ignore_eos=True),  # takes no drafts
+    SamplingParams(max_tokens=9, temperature=0.9, logit_bias=((1, 1.5), (4, -3.0))),
 ]
 
 
@@ -223,7 +226,7 @@ class AheadRunner(ModelRunner):
 
     @property
     def runs_ahead(self) -> bool:
-        return self._speculation is None and not (self._any_controlled or self._any_scored)
+        return not self._any_awaited
 
 
 def start_ahead(runner: ModelRunner) -> None:

@@ -46,28 +46,30 @@ class StepControls:
         self._device = controls.device
         self._penalised = [(row, sequence) for row, sequence in asking if sequence.params.penalised]
         added: list[tuple[int, int, float]] = []
+        biased: list[tuple[int, int, float]] = []
         masks: list[tuple[int, np.ndarray]] = []
         self._forced: list[tuple[int, int]] = []
         self._replaced: list[tuple[int, int, frozenset[int]]] = []
         for row, sequence in asking:
             bounds = sequence.rules.bounds() if sequence.rules is not None else FREE
-            added += [(row, token, bias) for token, bias in sequence.params.logit_bias]
             added += [(row, token, -np.inf) for token in bounds.banned if token < controls.vocabulary]
+            biased += [(row, token, bias) for token, bias in sequence.params.logit_bias]
             if bounds.forced is not None:
                 self._forced.append((row, bounds.forced))
             if bounds.instead is not None:
                 self._replaced.append((row, bounds.instead, bounds.replaced))
             if bounds.allowed_W is not None:
                 masks.append((row, bounds.allowed_W))
-        self._added = added
+        self._added, self._biased = added, biased
         self._masks = masks
 
     def adjust(self, logits_XV: Tensor, stride: int = 1) -> Tensor:
         """float32 logits as they are to be drawn from; what came in stays as it is.
 
-        Row b's are at b · stride. Those between are of drafts, which rows with controls have no use for.
+        Row b's are at b · stride. Those between are of drafts: biases hold there too, while what hangs on the tokens
+        before lets no drafts through.
         """
-        if not (self._penalised or self._added or self._masks):
+        if not (self._penalised or self._added or self._biased or self._masks):
             return logits_XV
         logits_XV = logits_XV.float().clone()
         if self._penalised:
@@ -82,12 +84,12 @@ class StepControls:
                 presence_P=self._floats([p.presence_penalty for p in params]),
                 frequency_P=self._floats([p.frequency_penalty for p in params]),
             )
-        if self._added:
-            places = (
-                self._tensor([row * stride for row, _, _ in self._added]),
-                self._tensor([token for _, token, _ in self._added]),
-            )
-            logits_XV.index_put_(places, self._floats([value for _, _, value in self._added]), accumulate=True)
+        added = [(row * stride, token, value) for row, token, value in self._added]
+        added += [(row * stride + i, token, value) for row, token, value in self._biased for i in range(stride)]
+        if added:
+            rows, tokens, values = zip(*added, strict=True)
+            places = (self._tensor(rows), self._tensor(tokens))
+            logits_XV.index_put_(places, self._floats(values), accumulate=True)
         if self._masks:
             rows = self._tensor([row * stride for row, _ in self._masks])
             logits_XV[rows] = logits_XV[rows].masked_fill(~self._allowed(), -torch.inf)

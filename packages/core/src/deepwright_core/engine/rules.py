@@ -88,11 +88,11 @@ class Rules:
         control, thinking = self._control, self._thinking
         if control is None or thinking is None:
             return math.inf
-        if thinking.queue or control.too_early(thinking):
-            return 0
-        if control.budget is None or not (thinking.inside or control.start_id is not None):
+        if not thinking.inside and control.start_id is None:
             return math.inf
-        return max(0, control.budget - thinking.thoughts)
+        if thinking.queue or thinking.thoughts < control.least:
+            return 0  # a least length would bind what follows a drawn start_id, too
+        return math.inf if control.budget is None else max(0, control.budget - thinking.thoughts)
 
     def take(self, token: int, forced: bool) -> Literal["stop", "length"] | None:
         """Go on behind a token; why the answer cannot: its text is complete, or a limit of its grammar was reached."""

@@ -38,13 +38,13 @@ class Plan:
     """The work of one step. Tokens are drawn for `decode + joined`, in that order.
 
     decode: sequences that get a token (or several, with drafts). grown: those of them that own new blocks, with the
-    place of the first. drafted: how many drafts these sequences have a use for.
+    place of the first. rooms: the position of each of `decode` from which on drafts are of no use to it.
     chunks: what to prefill. joined: sequences whose prefill is complete with their chunk. rows: decode and joined.
     """
 
     decode: list[Sequence]
     grown: list[tuple[Sequence, int]]
-    drafted: list[int] = field(default_factory=list)
+    rooms: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     joined: list[Sequence] = field(default_factory=list)
     rows: list[Sequence] = field(default_factory=list)
@@ -86,27 +86,27 @@ class Scheduler:
         """Decide the next step. Its blocks are taken and its sequences advanced as if it had been done."""
         preemptions = self.preemptions
         grown = self._grow()
-        plan = Plan(self.decoding, grown)
-        if self.drafts:
-            room = [sequence.room(self.block_size) - len(sequence) for sequence in plan.decode]
-            plan.drafted = [max(0, min(places, self.drafts)) for places in room]
+        plan = Plan(self.decoding, grown, self._rooms(self.decoding))
         # Who admits right after it had to preempt would preempt again at the next step.
         self._fill(plan, admits=self.preemptions == preemptions)
         return plan
 
     def plan_ahead(self, plan: Plan) -> Plan | None:
         """The step behind `plan`, before anybody knows what that draws; None where there is nothing to do for sure, or
-        not enough blocks.
+        not enough blocks for as many tokens as it may draw.
 
-        Who reaches its limit with the token that is not known yet is not in it. Who ends with it for another reason is
-        in it all the same; `commit` passes it over.
+        Who reaches its limit with the first token that is not known yet is not in it. Who ends with that or a later one
+        is in it all the same; `commit` passes it over.
         """
         rows = [s for s in plan.rows if s.request_id in self.admitted and len(s.tokens) + 1 < s.limit]
-        growing = [s for s in rows if len(s.tokens) + 1 > len(s.blocks) * self.block_size]
-        if self.manager.available < len(growing):
+        unknown = 1 + self.drafts
+        missing = [self._missing(sequence, min(len(sequence.tokens) + unknown, sequence.limit)) for sequence in rows]
+        if self.manager.available < sum(missing):
             return None
         self._publish_generated()
-        ahead = Plan(rows, self._lengthen(growing))
+        grown = self._lengthen(rows, missing)
+        grown += self._lengthen_for_drafts(rows, unknown)
+        ahead = Plan(rows, grown, self._rooms(rows))
         self._fill(ahead, admits=True)
         return ahead if ahead.rows or ahead.chunks else None
 
@@ -136,11 +136,13 @@ class Scheduler:
         events = []
         rows = plan.rows
         ended = False
-        for drafted, tokens in zip(plan.drafted, drawn, strict=False):
-            self.drafted_steps += drafted > 0
-            self.drafted_tokens += drafted
-            for place in range(len(tokens) - 1):
-                self.accepted_at[place] += 1
+        for sequence, room, tokens in zip(plan.decode, plan.rooms, drawn, strict=False):
+            if sequence.request_id in self.admitted:
+                drafted = max(0, min(room - len(sequence), self.drafts))
+                self.drafted_steps += drafted > 0
+                self.drafted_tokens += drafted
+                for place in range(len(tokens) - 1):
+                    self.accepted_at[place] += 1
         for sequence, tokens in zip(rows, drawn, strict=True):
             if sequence.request_id not in self.admitted:
                 ended = True
@@ -213,17 +215,7 @@ class Scheduler:
             if victim in growing:
                 growing.remove(victim)
         self._publish_generated()
-        grown = self._lengthen(growing)
-        if self.drafts:
-            # What the modules write for drafts may lie up to 2 · drafts - lookahead positions behind the last token.
-            ahead = 2 * self.drafts - self.lookahead
-            for sequence in self.decoding:
-                wanted = min(len(sequence.tokens) + ahead, sequence.limit - 1) if sequence.params.speculative else 0
-                missing = min(math.ceil(wanted / size) - len(sequence.blocks), manager.available)
-                if missing > 0:
-                    grown.append((sequence, len(sequence.blocks)))
-                    sequence.blocks += manager.allocate(missing)
-        return grown
+        return self._lengthen(growing, [1] * len(growing)) + self._lengthen_for_drafts(self.decoding, 0)
 
     def _publish_generated(self) -> None:
         """Offer the blocks that generated tokens have filled."""
@@ -231,12 +223,34 @@ class Scheduler:
             if (len(sequence.tokens) - max(1, self.lookahead)) // self.block_size > sequence.published:
                 self._publish(sequence, len(sequence.tokens) - 1)
 
-    def _lengthen(self, sequences: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """Give each a block; returns them with the place of that."""
-        lengthened = [(sequence, len(sequence.blocks)) for sequence in sequences]
-        for sequence, block in zip(sequences, self.manager.allocate(len(sequences)), strict=True):
-            sequence.blocks.append(block)
+    def _lengthen(self, sequences: list[Sequence], counts: list[int]) -> list[tuple[Sequence, int]]:
+        """Give each so many blocks; returns those that got any, with the place of the first."""
+        lengthened = []
+        for sequence, count in zip(sequences, counts, strict=True):
+            if count:
+                lengthened.append((sequence, len(sequence.blocks)))
+                sequence.blocks += self.manager.allocate(count)
         return lengthened
+
+    def _lengthen_for_drafts(self, sequences: list[Sequence], unknown: int) -> list[tuple[Sequence, int]]:
+        """`_lengthen`, by what drafts need, while there are blocks. unknown: tokens that a step under way may add."""
+        if not self.drafts:
+            return []
+        # What the modules write for drafts may lie up to 2 · drafts - lookahead positions behind the last token.
+        ahead = unknown + 2 * self.drafts - self.lookahead
+        lengthened = []
+        for sequence in sequences:
+            if sequence.params.speculative:
+                missing = self._missing(sequence, min(len(sequence.tokens) + ahead, sequence.limit - 1))
+                lengthened += self._lengthen([sequence], [min(missing, self.manager.available)])
+        return lengthened
+
+    def _missing(self, sequence: Sequence, tokens: int) -> int:
+        """How many blocks a sequence lacks for so many tokens."""
+        return max(0, math.ceil(tokens / self.block_size) - len(sequence.blocks))
+
+    def _rooms(self, sequences: list[Sequence]) -> list[int]:
+        return [sequence.room(self.block_size) for sequence in sequences] if self.drafts else []
 
     def _admit(self, sequence: Sequence) -> bool:
         """Take blocks for all tokens of a waiting sequence, sharing what the cache knows. False: not enough room."""

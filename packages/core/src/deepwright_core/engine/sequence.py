@@ -124,10 +124,15 @@ class SamplingParams:
         return self.min_tokens > 0 or self.thinking is not None or self.grammar is not None
 
     @property
+    def awaited(self) -> bool:
+        """Whether the host must know every token before it can say how the next one is drawn."""
+        return self.ruled or self.penalised
+
+    @property
     def speculative(self) -> bool:
-        """Whether drafted tokens are of use: what is drawn after them hangs on the model alone, but for rules, which
-        say themselves how long they leave it alone (`Rules.free_draws`)."""
-        return not (self.penalised or self.logit_bias) and self.scores is None
+        """Whether drafted tokens are of use. Rules say themselves how long they leave what is drawn behind such alone
+        (`Rules.free_draws`)."""
+        return not self.penalised and self.scores is None
 
 
 class Drawn(NamedTuple):
@@ -233,7 +238,7 @@ class Sequence:
         self.prompt_scores: list[TokenScore] = []
         self.params = params
         self.rules = Rules(params, stop_ids) if params.ruled else None
-        self.controlled = params.ruled or params.penalised or bool(params.logit_bias)
+        self.controlled = params.awaited or bool(params.logit_bias)
         self.limit = limit  # length in tokens at which it ends with "length"
         self.stop_ids = stop_ids
         self.salt = salt
