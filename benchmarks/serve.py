@@ -182,7 +182,7 @@ class Report:
         print(f"\nspeculation, {'its own texts' if self.trained else 'random weights: nothing is guessed'}")
         print(
             f"{'batch':>6} {'drafts':>7} {'ms a step':>10} {'pays from':>10} {'tokens a step':>14} {'tok/s':>10} "
-            f"{'gain':>6}"
+            f"{'gain':>6}   accepted"
         )
         rows = []
         for batch in self.chosen.batches:
@@ -194,7 +194,7 @@ class Report:
                 rows.append(asdict(row) | {"drafts": drafts, "gain": gain, "pays_from_tokens_a_step": pays})
                 print(
                     f"{batch:>6} {drafts:>7} {row.milliseconds:>10.3f} {pays:>10.2f} {row.tokens_a_step:>14.2f} "
-                    f"{row.tokens_per_second:>10,.0f} {gain:>5.2f}x",
+                    f"{row.tokens_per_second:>10,.0f} {gain:>5.2f}x   {', '.join(f'{a:.0%}' for a in row.accepted)}",
                     flush=True,
                 )
         self.found["speculation"] = rows

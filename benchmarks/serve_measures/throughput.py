@@ -23,7 +23,8 @@ WARM_STEPS = 5
 
 @dataclass(frozen=True)
 class Decode:
-    """One row of the table. tokens_a_step: of one sequence, more than 1 with speculation; accepted: share of drafts."""
+    """One row of the table. tokens_a_step: of one sequence, more than 1 with speculation; accepted: how often the first
+    draft of a step was accepted, the second, ..."""
 
     batch: int
     context: int
@@ -33,7 +34,7 @@ class Decode:
     bytes_read: float
     roofline_share: float
     tokens_a_step: float
-    accepted: float | None
+    accepted: list[float]
 
 
 def prompts(vocabulary: int, count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -105,7 +106,7 @@ def decode(
     while engine.has_work:
         engine.step()
     tokens, step = (after.generation_tokens - before.generation_tokens) / steps, statistics.median(times)
-    drafts = after.draft_tokens - before.draft_tokens
+    drafted = max(1, after.draft_steps - before.draft_steps)
     cache_bytes = sum(layer.element_size() * layer.shape[1] for layer in runner.cache)
     read = step_bytes(cost, batch, context + steps // 2, weight.element_size(), cache_bytes)
     return Decode(
@@ -117,7 +118,7 @@ def decode(
         bytes_read=read,
         roofline_share=read / (rate * 1e12) / step,
         tokens_a_step=tokens / batch,
-        accepted=(after.accepted_tokens - before.accepted_tokens) / drafts if drafts else None,
+        accepted=[(now - then) / drafted for now, then in zip(after.accepted_at, before.accepted_at, strict=True)],
     )
 
 

@@ -87,8 +87,8 @@ class StepControls:
         added = [(row * stride, token, value) for row, token, value in self._added]
         added += [(row * stride + i, token, value) for row, token, value in self._biased for i in range(stride)]
         if added:
-            rows, tokens, values = zip(*added, strict=True)
-            places = (self._tensor(rows), self._tensor(tokens))
+            at, tokens, values = zip(*added, strict=True)
+            places = (self._tensor(at), self._tensor(tokens))
             logits_XV.index_put_(places, self._floats(values), accumulate=True)
         if self._masks:
             rows = self._tensor([row * stride for row, _ in self._masks])
