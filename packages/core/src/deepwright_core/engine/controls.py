@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .grammar import WORD_BITS
+from .parcel import on_device
 from .penalties import TokenCounts, penalised
 from .rules import FREE
 from .sequence import Sequence
@@ -124,11 +125,11 @@ class StepControls:
             count = min(len(allowed_W), words_GW.shape[1])
             words_GW[index, :count] = allowed_W[:count]
         bits = torch.arange(WORD_BITS, dtype=torch.int32, device=self._device)
-        words = torch.from_numpy(words_GW).to(self._device, non_blocking=True)
+        words = on_device(words_GW, self._device, np.int32)
         return ((words[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocabulary]
 
     def _tensor(self, values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
+        return on_device(values, self._device)
 
     def _floats(self, values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32).to(self._device, non_blocking=True)
+        return on_device(values, self._device, np.float32)

@@ -1,10 +1,21 @@
-"""What a step has for the host travels together: one copy, one wait."""
+"""Between host and device without either waiting for the other: what goes to the device takes pinned memory, and what
+a step has for the host travels together, in one copy with one wait."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def on_device(values: Any, device: torch.device, dtype: type = np.int64) -> Tensor:
+    """Values of the host as a tensor of the device, whose work so far the host does not wait for."""
+    on_host = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
+    if device.type == "cuda":
+        on_host = on_host.pin_memory()
+    return on_host.to(device, non_blocking=True)
 
 
 class Parcel:

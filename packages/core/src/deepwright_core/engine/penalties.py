@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .parcel import on_device
+
 if TYPE_CHECKING:
     from .sequence import Sequence
 
@@ -100,4 +102,4 @@ class TokenCounts:
         self._free += range(rows, rows + more)
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
+        return on_device(values, self._device)

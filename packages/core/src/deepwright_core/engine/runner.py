@@ -26,7 +26,7 @@ from .adapters import Adapters
 from .controls import Controls
 from .draw import Draw, Reader
 from .graphs import WARM_CONTEXT, Graphs, padded, row_sizes, width_sizes
-from .parcel import Parcel
+from .parcel import Parcel, on_device
 from .sampler import SamplingRows, sample
 from .scheduler import Chunk, Plan
 from .scores import AnswerScores, PromptScores
@@ -487,8 +487,4 @@ class ModelRunner:
         ]
 
     def _tensor(self, values: Any, dtype: type = np.int64) -> Tensor:
-        """On the model's device, whose work so far the host does not wait for: that takes pinned memory."""
-        on_host = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
-        if self.device.type == "cuda":
-            on_host = on_host.pin_memory()
-        return on_host.to(self.device, non_blocking=True)
+        return on_device(values, self.device, dtype)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .parcel import Parcel
+from .parcel import Parcel, on_device
 
 if TYPE_CHECKING:
     from .sequence import Sequence
@@ -81,7 +81,7 @@ class AnswerScores:
                 rows.setdefault(sequence.params.scores, []).append(row)
         self._under_way = []
         for alternatives, wanted in rows.items():
-            wanted_N = torch.tensor(wanted).to(token_B.device, non_blocking=True)
+            wanted_N = on_device(wanted, token_B.device)
             scores = scored(logits_XV[wanted_N * stride], token_B[wanted_N], alternatives)
             self._under_way.append((wanted, ScoresUnderWay(parcel, scores)))
 
@@ -111,7 +111,7 @@ class PromptScores:
             sequence.prompt_scores = []
         tokens = sequence.tokens[start + 1 : min(start + 1 + len(hidden_QD), sequence.prompt_length)]
         if tokens:
-            token_N = torch.tensor(tokens).to(hidden_QD.device, non_blocking=True)
+            token_N = on_device(tokens, hidden_QD.device)
             scores = self._scored(sequence, hidden_QD[: len(tokens)], token_N, alternatives)
             self._under_way.append((sequence, ScoresUnderWay(self._parcel, scores)))
 
