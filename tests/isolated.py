@@ -1,12 +1,17 @@
 """Run a package's own tests as if only its declared dependencies were installed.
 
     python -m tests.isolated kernels [pytest arguments]     its tests
-    python -m tests.isolated kernels --import-only          only import each of its modules
+    python -m tests.isolated kernels --first-cases          of each test function only the first case, and no costly one
+    python -m tests.isolated kernels --import-only          only import its modules, and what its functions import
 
 The allowed distributions are the package's declared dependencies, theirs in turn, its extra `test`, and the tools that
 tests are written with. Everything else that is installed vanishes, for imports and for `importlib.metadata` alike, in
 the child process and its children: `tests/isolation/sitecustomize.py` does it at start-up. Nothing is installed, so
-this takes no longer than the tests. Leaves out: versions. That the lowest declared ones work is not shown by this.
+this takes no longer than the tests. `make test` runs the first cases: all cases run beside everything else that is
+installed, and an import that is missing here is missing for a function's first case as for its last. Tests marked
+`costly` take a second or more and import what cheaper ones do.
+
+Leaves out: versions. That the lowest declared ones work is not shown by this.
 """
 
 from __future__ import annotations
@@ -29,16 +34,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis")
 ISOLATION_VARIABLE = "DEEPWRIGHT_ISOLATION"
-
-IMPORT_ALL = """
-import importlib, pkgutil, sys
-package = importlib.import_module(sys.argv[1])
-for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    if module.name.endswith(".triton") and not importlib.util.find_spec("triton"):
-        continue
-    if not module.name.endswith(".__main__"):
-        importlib.import_module(module.name)
-"""
+FIRST_CASES = ["-p", "first_cases", "-m", "not costly and not slow and not gpu and not browser"]
 
 
 @cache
@@ -98,6 +94,14 @@ def isolation(package: str) -> dict[str, list[str]]:
     return {"distributions": sorted(allowed), "hidden": sorted(hidden)}
 
 
+def of_extras(package: str) -> list[str]:
+    """The import names of what only the package's extras ask for."""
+    extras = [line for extra, lines in packages()[f"deepwright-{package}"].items() if extra for line in lines]
+    wanted = {canonicalize_name(Requirement(line).name) for line in extras}
+    installed = {name for name, owners in import_names().items() if owners & wanted}
+    return sorted(installed | {name.replace("-", "_") for name in wanted})
+
+
 def run(package: str, arguments: list[str], import_only: bool = False) -> int:
     """Run in a child process; returns its exit status."""
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +110,7 @@ def run(package: str, arguments: list[str], import_only: bool = False) -> int:
         paths = [str(ROOT / "tests" / "isolation"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, ISOLATION_VARIABLE: str(path), "PYTHONPATH": os.pathsep.join(paths)}
         if import_only:
-            command = [sys.executable, "-c", IMPORT_ALL, f"deepwright_{package}"]
+            command = [sys.executable, "-m", "import_everything", f"deepwright_{package}", *of_extras(package)]
         else:
             command = [sys.executable, "-m", "pytest", f"tests/{package}", "-p", "no:cacheprovider", *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment).returncode
@@ -117,8 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.isolated", description=__doc__.partition("\n")[0])
     parser.add_argument("package", choices=known)
     parser.add_argument("--import-only", action="store_true")
+    parser.add_argument("--first-cases", action="store_true")
     options, arguments = parser.parse_known_args()
-    sys.exit(run(options.package, arguments, options.import_only))
+    sys.exit(run(options.package, [*(FIRST_CASES if options.first_cases else []), *arguments], options.import_only))
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def test_it_imports_with_its_declared_dependencies_alone(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PACKAGES)
 def test_its_own_tests_pass_with_its_declared_dependencies_alone(name: str) -> None:
-    status = isolated.run(name, ["-q", "-m", "not slow and not gpu and not browser"])
+    status = isolated.run(name, ["-q", *isolated.FIRST_CASES])
     if not list((ROOT / "tests" / name).glob("test_*.py")):
         assert status == 5  # nothing collected
     else:

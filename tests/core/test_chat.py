@@ -57,6 +57,7 @@ TOOL = st.fixed_dictionaries(
 THINKING = st.sampled_from(["auto", "enabled", "disabled"])
 
 
+@pytest.mark.costly
 @given(TURNS, st.none() | st.lists(TOOL, max_size=2), THINKING, st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_structure_and_template_agree_on_harmless_text(
@@ -77,6 +78,7 @@ NASTY_TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "
 NASTY_TOOL = st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": NASTY, "description": NASTY})})
 
 
+@pytest.mark.costly
 @given(st.lists(NASTY_TURN, min_size=1, max_size=4), st.none() | st.lists(NASTY_TOOL, max_size=1), st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_structure_and_template_agree_on_any_text_whatever_it_looks_like(

@@ -369,6 +369,7 @@ def test_the_model_generates_in_evaluation_mode_and_keeps_its_own() -> None:
     assert model.training
 
 
+@pytest.mark.costly
 @pytest.mark.usefixtures("_pace")
 @given(data=st.data())
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -124,6 +124,7 @@ asked = st.builds(
 )
 
 
+@pytest.mark.costly
 @settings(max_examples=25, deadline=None)
 @given(st.lists(asked, min_size=1, max_size=6), st.sampled_from(sorted(SHAPES)), st.randoms(use_true_random=False))
 def test_combinations_are_their_definitions(params: list[SamplingParams], shape: str, draw: random.Random) -> None:

@@ -233,6 +233,7 @@ def start_ahead(runner: ModelRunner) -> None:
     runner.__class__ = AheadRunner
 
 
+@pytest.mark.costly
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_comes_together(oracle: Oracle, data: st.DataObject) -> None:

@@ -104,6 +104,7 @@ def test_outputs_are_complete_and_nothing_else_is_left(prepared: Any) -> None:
         assert result.metrics[f"problems_{split}"] == count
 
 
+@pytest.mark.costly
 def test_the_same_request_gives_the_same_bytes_and_another_seed_does_not(prepared: Any, tmp_path: Path) -> None:
     directory, _, _, texts = prepared
     run(tmp_path / "again", texts)

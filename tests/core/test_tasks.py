@@ -66,6 +66,7 @@ def test_no_two_splits_share_a_problem_even_turned_round(drawn: dict[Split, list
     assert len(set(everything)) == len(everything)
 
 
+@pytest.mark.costly
 def test_splits_stay_disjoint_over_seeds_that_share_items(drawn: dict[Split, list[Problem]]) -> None:
     # The trap: item i is drawn from Random(seed + i), so that seed 42's item 1 is seed 43's item 0.
     one, other = (reasoning_gym.create_dataset("chain_sum", seed=seed, size=50, **TWO_TERMS) for seed in (42, 43))

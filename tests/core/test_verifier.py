@@ -123,6 +123,7 @@ def test_answers_given_before_a_death_count(child: Child) -> None:
         assert verifier.failures == 1
 
 
+@pytest.mark.costly
 def test_large_problems_do_not_block_before_a_scorer_that_hangs(child: Child) -> None:
     """More than a pipe holds waits behind the answer that hangs; nobody may wait for anybody then."""
     child(SCORER)

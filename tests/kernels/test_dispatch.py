@@ -166,6 +166,7 @@ def test_the_order_may_depend_on_the_arguments_and_a_backend_may_need_something_
         backend_for(sized, CPU, 1)
 
 
+@pytest.mark.costly
 def test_torch_compile_sees_through_the_dispatch() -> None:
     x, weight, angle = torch.randn(4, 8, requires_grad=True), torch.randn(8), torch.randn(4, 4)
     # In bfloat16: torch cannot yet trace its grouped product in float32.

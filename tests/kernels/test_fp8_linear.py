@@ -135,6 +135,7 @@ def test_under_autocast_the_reference_still_adds_up_in_float32() -> None:
     assert torch.equal(fp8_linear(x, weight), torch.autocast("cpu", torch.bfloat16)(fp8_linear)(x, weight))
 
 
+@pytest.mark.costly
 def test_torch_compile_takes_the_whole_of_a_layer() -> None:
     leaves = draw(6, 64, dtype=torch.bfloat16), draw(96, 64), draw(32, 48)
     compiled: Any = torch.compile(fp8_feed_forward, fullgraph=True, backend="aot_eager")

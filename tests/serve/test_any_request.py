@@ -57,7 +57,10 @@ def steer(body: Any) -> Any:
     return steered
 
 
-@pytest.mark.parametrize("kind", ["right", "steered", "wrong"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("right", marks=pytest.mark.costly), "steered", pytest.param("wrong", marks=pytest.mark.costly)],
+)
 def test_every_operation_answers_as_documented(server: Any, kind: str) -> None:
     mode = GenerationMode.NEGATIVE if kind == "wrong" else GenerationMode.POSITIVE
     asked: dict[str, dict[int, int]] = {}

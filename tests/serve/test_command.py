@@ -92,6 +92,7 @@ def gone(pid: int) -> bool:
         return True
 
 
+@pytest.mark.costly
 def test_sigterm_lets_a_short_answer_finish_and_cuts_a_long_one(model_directory: Path, tmp_path: Path) -> None:
     options = [*OPTIONS, "--drain-seconds", "1"]
     server = child.start(model_directory, tmp_path, options, port=0, keep=False, limit=60)
@@ -115,6 +116,7 @@ def test_sigterm_lets_a_short_answer_finish_and_cuts_a_long_one(model_directory:
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.costly
 def test_the_server_ends_with_the_process_that_started_it(model_directory: Path, tmp_path: Path) -> None:
     parent = subprocess.Popen(
         [

@@ -156,6 +156,7 @@ async def hang_up_or_read(address: str, fields: dict[str, Any], patience: float 
         writer.transport.abort()
 
 
+@pytest.mark.costly
 def test_a_crowd_of_which_half_hangs_up_leaves_nothing(
     model_directory: Any, tokenizer: Tokenizer, serve_service: Callable[[Service], Any]
 ) -> None:

@@ -147,6 +147,7 @@ def test_what_cannot_be_loaded_changes_nothing(server: Server) -> None:
         assert server.admin(path, name="tiny").status_code == 409
 
 
+@pytest.mark.costly
 def test_a_candidate_is_the_operators_alone_until_it_goes_live(server: Server) -> None:
     assert server.load("two", "2").json()["changes"][0]["state"] == "loaded"
     assert server.says(OPERATOR, "tiny:candidate") == "I am two."

@@ -238,6 +238,7 @@ def test_a_head_that_does_not_come_ends_the_connection(
             pass
 
 
+@pytest.mark.costly
 def test_a_reader_that_stops_blocks_nobody_and_is_cut_off(serve_script: Callable[..., Any]) -> None:
     server = serve_script(stalled_seconds=0.5, default_output_tokens=200_000)
     server.engine.script = lambda prompt: [300, 301] if prompt == [1, 2] else [300] * 50_000
@@ -305,6 +306,7 @@ OPTIONS = ["--threads", "1", "--name", "tiny", "--log-format", "json"]
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "stream": True, "temperature": 0}
 
 
+@pytest.mark.costly
 def test_keys_are_read_again_and_a_second_sigterm_cuts(model_directory: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"{KEY} name=alice\n")
@@ -337,6 +339,7 @@ def test_keys_are_read_again_and_a_second_sigterm_cuts(model_directory: Path, tm
     assert asked["tenant"] == "bob" and asked["error"] == "engine_failed" and asked["completion_tokens"] > 0
 
 
+@pytest.mark.costly
 def test_killed_in_the_middle_it_starts_again_on_the_same_port(model_directory: Path, tmp_path: Path) -> None:
     server = child.start(model_directory, tmp_path, OPTIONS, port=0, keep=False, limit=60)
     port = int(server.address.rsplit(":", 1)[1])

@@ -52,6 +52,7 @@ def test_each_name_is_answered_by_its_model(tokenizer: Tokenizer, serve_service:
         assert server.client.get("/ready").status_code == server.client.get("/health").status_code == 503
 
 
+@pytest.mark.costly
 def test_a_name_changes_hands_under_load_and_every_answer_is_whole(
     tokenizer: Tokenizer, serve_service: Callable[[Service], Any]
 ) -> None:

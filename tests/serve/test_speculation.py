@@ -65,6 +65,7 @@ def streamed(client: Any, body: dict[str, Any]) -> list[tuple[str, str | None]]:
     return [texts[index] for index in sorted(texts)]
 
 
+@pytest.mark.costly
 def test_answers_are_the_same_whole_and_streamed(drafting: Path, serve_service: Callable[[Service], Any]) -> None:
     answers: dict[int, list[Any]] = {}
     for drafts in (0, 3):

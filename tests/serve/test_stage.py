@@ -50,6 +50,7 @@ def test_it_is_registered() -> None:
     assert isinstance(built, Stage) and built.needs == {"rl_model": "rl", "problems": "prepare"}
 
 
+@pytest.mark.costly
 def test_it_asks_judges_and_stops(model_directory: Path, tmp_path: Path) -> None:
     problems = [problem(number) for number in range(6)]
     context = context_of(model_directory, tmp_path, problems)
