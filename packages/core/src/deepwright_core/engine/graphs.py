@@ -97,6 +97,9 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         outside = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(outside)
+        # cuBLAS keeps 32 MiB for each thread and stream that it has worked for, for good. What it takes in a capture is
+        # of the graphs' pool, and must be given back to it, or the pool outlives its graphs.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.stream(self._stream):
             # Only this thread's calls count: other engines may run beside it.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -104,5 +107,6 @@ class Graphs:
                 result = work()
             finally:
                 graph.capture_end()
+                torch._C._cuda_clearCublasWorkspaces()
         outside.wait_stream(self._stream)
         return graph, result
