@@ -78,6 +78,8 @@ class Oracle:
             logits_V[token] -= params.presence_penalty
         for token, bias in params.logit_bias:
             logits_V[token] += bias
+        if len(tokens) - prompt < params.min_tokens:
+            logits_V[EOS] = -torch.inf
         if params.greedy:
             return int(logits_V.argmax())
         rows = SamplingRows(
@@ -134,7 +136,7 @@ PARAMS = [
     SamplingParams(max_tokens=9, temperature=0.7),
     SamplingParams(max_tokens=9, temperature=1.3, top_k=5, top_p=0.9),
     SamplingParams(max_tokens=7, temperature=0, presence_penalty=1.5, ignore_eos=True),  # takes no drafts
-    SamplingParams(max_tokens=9, temperature=0.9, logit_bias=((1, 1.5), (4, -3.0))),
+    SamplingParams(max_tokens=9, temperature=0.9, logit_bias=((1, 1.5), (4, -3.0), (EOS, 2.0)), min_tokens=3),
 ]
 
 
@@ -226,7 +228,7 @@ class AheadRunner(ModelRunner):
 
     @property
     def runs_ahead(self) -> bool:
-        return not self._any_awaited
+        return True
 
 
 def start_ahead(runner: ModelRunner) -> None:

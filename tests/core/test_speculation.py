@@ -142,7 +142,10 @@ def test_rows_whose_next_token_hangs_on_the_host_take_no_drafts(registry: Regist
     assert [event.score.token_id for event in events[1]] == want[1].token_ids
 
 
-def test_rules_let_drafts_through_for_as_long_as_they_leave_the_draws_alone(registry: Registry) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rules_let_drafts_through_for_as_long_as_they_leave_the_draws_alone(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
     model = build(registry, 1, agreement=0.8)
     budget = ThinkingControl(end_id=5, opened=True, budget=7, closing=(3,), start_id=4)
     unopened = replace(budget, opened=False, budget=4)
@@ -151,16 +154,20 @@ def test_rules_let_drafts_through_for_as_long_as_they_leave_the_draws_alone(regi
     sampled = replace(GREEDY, max_tokens=24, temperature=0.9)
     kinds = [replace(sampled, thinking=control) for control in (budget, unopened, least, later)]
     kinds += [replace(sampled, min_tokens=6, ignore_eos=False), replace(sampled, logit_bias=((3, 1.0), (1, -9.0)))]
-    wanted = [replace(kind, seed=seed) for seed in range(6) for kind in kinds]
+    wanted = [replace(kind, seed=seed) for kind in kinds for seed in range(6)]
     want = Engine(model, 0).generate([PROMPT] * 36, wanted)
-    assert all(any(any(completion.forced) for completion in want[kind::6]) for kind in range(4))
-    for shape in ({}, {"block_size": 2, "cache_tokens": 120, "max_batch": 9}):
-        engine = Engine(model, 0, speculate=3, **shape)
-        have = engine.generate([PROMPT] * 36, wanted)
+    assert all(any(any(completion.forced) for completion in want[6 * kind : 6 * kind + 6]) for kind in range(4))
+    monkeypatch.setattr(ModelRunner, "runs_ahead", ahead)
+    small = {"block_size": 2, "cache_tokens": 120, "max_batch": 9}
+    for shape in ({"speculate": 3}, {"speculate": 0, **small}, {"speculate": 3, **small}):
+        engine = Engine(model, 0, **shape)
+        # One kind at a time, too: a row whose next draw is bound keeps all from running ahead.
+        have = [c for kind in range(6) for c in engine.generate([PROMPT] * 6, wanted[6 * kind : 6 * kind + 6])]
+        have = have if ahead else engine.generate([PROMPT] * 36, wanted)
         assert [(c.token_ids, c.forced, c.finish_reason) for c in have] == [
             (c.token_ids, c.forced, c.finish_reason) for c in want
         ]
-        assert engine.stats.accepted_tokens > 0.2 * engine.stats.generation_tokens
+        assert not shape["speculate"] or engine.stats.accepted_tokens > 0.2 * engine.stats.generation_tokens
     assert engine.stats.preemptions > 0
 
 

@@ -170,7 +170,7 @@ class ModelRunner:
             seed_B=column(torch.int64),
         )
         self._filled = 0  # rows from here on are padding: token 0, length 1, all blocks 0
-        self._any_random = self._any_truncated = self._any_controlled = self._any_awaited = self._any_scored = False
+        self._any_random = self._any_truncated = self._any_controlled = self._any_scored = False
         self._controls = Controls(model.config.vocab_size, self.device)
         self._graphs = Graphs(self.device) if graphs == "auto" and self.device.type == "cuda" else None
         self._row_sizes, self._width_sizes = row_sizes(max_batch), width_sizes(block_size, row_blocks)
@@ -199,9 +199,9 @@ class ModelRunner:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether a step can be started before the host knows what the one before drew: the device has that in its
-        rows. Not so where the host must know that to say how the next token is drawn."""
-        return self.device.type == "cuda" and not self._any_awaited
+        """Whether something is gained by starting a step before the host has read what the one before drew (the device
+        has that in its rows)."""
+        return self.device.type == "cuda"
 
     def warm_up(self) -> None:
         """Capture all sizes of the decode step while every row is padding: greedy rows and untruncated ones."""
@@ -455,7 +455,6 @@ class ModelRunner:
         self._any_random = any(not s.params.greedy for s in plan.rows)
         self._any_truncated = any(s.params.truncated for s in plan.rows)
         self._any_controlled = any(s.controlled for s in plan.rows)
-        self._any_awaited = any(s.params.awaited for s in plan.rows)
         self._any_scored = any(s.params.scores is not None for s in plan.rows)
         first, joined = len(plan.decode), plan.joined
         self._filled = first + len(joined)

@@ -92,14 +92,16 @@ class Scheduler:
         return plan
 
     def plan_ahead(self, plan: Plan) -> Plan | None:
-        """The step behind `plan`, before anybody knows what that draws; None where there is nothing to do for sure, or
-        not enough blocks for as many tokens as it may draw.
+        """The step behind `plan`, before anybody knows what that draws; None where there is nothing to do for sure, not
+        enough blocks for as many tokens as it may draw, or somebody's next draw hangs on what they are.
 
         Who reaches its limit with the first token that is not known yet is not in it. Who ends with that or a later one
         is in it all the same; `commit` passes it over.
         """
         rows = [s for s in plan.rows if s.request_id in self.admitted and len(s.tokens) + 1 < s.limit]
         unknown = 1 + self.drafts
+        if any(sequence.controlled and not sequence.foreseen(unknown + 1) for sequence in rows):
+            return None
         missing = [self._missing(sequence, min(len(sequence.tokens) + unknown, sequence.limit)) for sequence in rows]
         if self.manager.available < sum(missing):
             return None

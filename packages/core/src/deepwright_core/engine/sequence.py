@@ -124,11 +124,6 @@ class SamplingParams:
         return self.min_tokens > 0 or self.thinking is not None or self.grammar is not None
 
     @property
-    def awaited(self) -> bool:
-        """Whether the host must know every token before it can say how the next one is drawn."""
-        return self.ruled or self.penalised
-
-    @property
     def speculative(self) -> bool:
         """Whether drafted tokens are of use. Rules say themselves how long they leave what is drawn behind such alone
         (`Rules.free_draws`)."""
@@ -238,7 +233,7 @@ class Sequence:
         self.prompt_scores: list[TokenScore] = []
         self.params = params
         self.rules = Rules(params, stop_ids) if params.ruled else None
-        self.controlled = params.awaited or bool(params.logit_bias)
+        self.controlled = params.ruled or params.penalised or bool(params.logit_bias)
         self.limit = limit  # length in tokens at which it ends with "length"
         self.stop_ids = stop_ids
         self.salt = salt
@@ -262,6 +257,10 @@ class Sequence:
             return 0
         room = min(len(self.blocks) * block_size, self.limit - 1)
         return room if self.rules is None else int(min(room, len(self.tokens) + max(0, self.rules.free_draws - 1)))
+
+    def foreseen(self, draws: int) -> bool:
+        """Whether the host can say how the next so many tokens are drawn before it has read any of them."""
+        return not self.params.penalised and (self.rules is None or self.rules.free_draws >= draws)
 
     @property
     def told_prompt_scores(self) -> tuple[TokenScore, ...] | None:
