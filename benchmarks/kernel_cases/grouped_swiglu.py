@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from deepwright_kernels import ExpertOrder, backend_for, dispatch, expert_order, grouped_swiglu
 
-from .case import FLOPS, Case, Settings, applied, with_gradients
+from .case import FLOPS, Case, Settings, applied, compiled, with_gradients
 
 # tokens, top_k, experts, expert width, hidden: V2-Lite; V3's experts on one of 32 machines; V2-Lite decoding.
 ON_GPU = [(4096, 6, 64, 1408, 2048), (4096, 8, 8, 2048, 7168), (128, 6, 64, 1408, 2048)]
@@ -38,7 +38,7 @@ def cases(settings: Settings) -> Iterator[Case]:
             "torch": _with_torch,
         }
         if settings.compiled and settings.gpu:
-            functions["compile"] = torch.compile(_with_torch)
+            functions["compile"] = compiled(_with_torch)
         work = 2 * tokens * top_k * 2 * width * hidden
         shape = f"{tokens} x {top_k} of {experts}, ({2 * width}, {hidden})"
         backend = backend_for("grouped_swiglu", x, weight, order.order_R, order.place_TK, order.ends_E)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepwright_kernels import backend_for
 
-from .case import FLOPS, Case, Settings, applied, implementations, installed, with_gradients
+from .case import FLOPS, Case, Settings, applied, compiled, implementations, installed, with_gradients
 
 ON_GPU = [(16384, 2048, 129280), (16384, 2048, 32768), (2048, 7168, 129280)]
 ON_CPU = [(2048, 128, 4096)]
@@ -52,7 +52,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         name = "linear_cross_entropy"
         functions: dict[str, Callable[..., Any]] = implementations(name, settings, torch=plain)
         if settings.compiled:
-            functions["compile torch"] = torch.compile(plain)
+            functions["compile torch"] = compiled(plain)
         backend = backend_for(name, hidden, weight, targets, -100, None, 1.0)
         runs = applied(functions, hidden.detach(), weight.detach(), targets)
         yield Case(name, shape, runs, work, FLOPS, backend)
@@ -63,7 +63,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         name, token_weights = "weighted_linear_cross_entropy", torch.full_like(upstream, 1 / tokens)
         functions = implementations(name, settings, torch=plain_sum)
         if settings.compiled:
-            functions["compile torch"] = torch.compile(plain_sum)
+            functions["compile torch"] = compiled(plain_sum)
         if settings.gpu and installed("liger_kernel.ops.fused_linear_cross_entropy") is not None:
             functions["liger"] = liger
         one = torch.ones((), device=settings.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepwright_kernels import backend_for, dispatch, route
 
-from .case import BYTES, Case, Settings, applied, with_gradients
+from .case import BYTES, Case, Settings, applied, compiled, with_gradients
 
 # tokens, experts, top_k, groups, top_groups: V3, Kimi K2, V2-Lite; the last two when decoding.
 ON_GPU = [
@@ -59,7 +59,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         rest = (bias_E, top_k, "sigmoid", groups, top_groups, 2, True, 2.5)
         functions: dict[str, Callable[..., Any]] = {"ours": _ours, "eager": reference}
         if settings.compiled:
-            functions["compile"] = torch.compile(reference)
+            functions["compile"] = compiled(reference)
         size, chosen = logits_TE.numel() * 4, tokens * top_k * (8 + 4)
         shape = f"{tokens} x {experts}, top {top_k}, groups {top_groups}/{groups}"
         backend = backend_for("route", logits_TE, *rest)

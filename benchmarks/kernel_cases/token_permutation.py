@@ -8,7 +8,7 @@ import torch
 
 from deepwright_kernels import backend_for, dispatch, expert_order, permute, unpermute
 
-from .case import BYTES, Case, Settings, applied, with_gradients
+from .case import BYTES, Case, Settings, applied, compiled, with_gradients
 
 # tokens, experts, top_k, width, alignment: V3 and V2-Lite, for bf16 and for FP8; then a decoding step of V3.
 ON_GPU = [
@@ -41,7 +41,7 @@ def cases(settings: Settings) -> Iterator[Case]:
             function = dispatch.load("permute", backend_name)
             forms[name] = lambda x, order, function=function: function(x, order.order_R, order.place_TK)
         if settings.compiled:
-            forms["compile"] = torch.compile(forms["eager"])
+            forms["compile"] = compiled(forms["eager"])
         backend = backend_for("permute", x_TD, order.order_R, order.place_TK)
         moved = (tokens + rows) * row
         yield Case("permute", shape, applied(forms, x_TD.detach(), order), moved, BYTES, backend)
@@ -56,7 +56,7 @@ def cases(settings: Settings) -> Iterator[Case]:
                 y, order.order_R, order.place_TK, weights
             )
         if settings.compiled:
-            back["compile"] = torch.compile(back["eager"])
+            back["compile"] = compiled(back["eager"])
         backend = backend_for("unpermute", y_RD, order.order_R, order.place_TK, weights_TK)
         moved = (tokens + copies) * row
         constants = (y_RD.detach(), order, weights_TK.detach())
