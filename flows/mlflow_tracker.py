@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deepwright.tracking")
 
+LOCAL = "sqlite:///"
 FLUSH_SECONDS = 5.0
 FLUSH_POINTS = 2000
 _BATCH = 900  # MLflow takes at most 1000 points, 100 parameters and 100 tags in one call
@@ -51,7 +52,7 @@ NOTE_TAG = "mlflow.note.content"
 
 def database_uri(root: Path) -> str:
     """The database of the runs below `root`."""
-    return f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
+    return f"{LOCAL}{root / 'mlflow' / 'mlflow.db'}"
 
 
 def client_for(request: Request) -> MlflowClient:
@@ -73,13 +74,15 @@ def client_at(root: Path, uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _experiment(client: MlflowClient, request: Request) -> str:
-    name = request.tracking.experiment
+def experiment_in(client: MlflowClient, name: str) -> str:
+    """The id of an experiment, made if it is new: in a local database with its files beside that, where MLflow's own
+    default is whatever directory is the current one."""
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    # With a database of our own the folder is named once, absolutely: MLflow's default is the current directory.
-    folder = None if request.tracking.uri else (request.root / "mlflow" / "artifacts").as_uri()
+    uri = client.tracking_uri
+    database = Path(uri.removeprefix(LOCAL)).resolve() if uri.startswith(LOCAL) else None
+    folder = None if database is None else (database.parent / "artifacts").as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=folder))
     except Exception:  # another run was quicker
@@ -142,7 +145,7 @@ class MlflowTracking:
         self._request = request
         try:
             self._client = client_for(request)
-            self._experiment_id = _experiment(self._client, request)
+            self._experiment_id = experiment_in(self._client, request.tracking.experiment)
             sweep(self._client, self._experiment_id)
             note = "\n\n".join(f"[{what}]({where})" for what, where in links.items() if where.startswith("http"))
             run = self._client.create_run(

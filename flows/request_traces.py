@@ -20,6 +20,8 @@ from deepwright_core.errors import RequestError
 from deepwright_core.events import RequestEvent
 from deepwright_core.hookspecs import hookimpl
 
+from .mlflow_tracker import experiment_in
+
 EXPERIMENT = "deepwright-requests"
 
 
@@ -38,7 +40,7 @@ class RequestTraces:
         self._share = share
         mlflow.set_tracking_uri(uri)
         try:
-            self._experiment = mlflow.set_experiment(EXPERIMENT).experiment_id
+            self._experiment = experiment_in(mlflow.MlflowClient(uri), EXPERIMENT)
         except Exception as error:
             raise RequestError(f"--trace-to is '{uri}'; MLflow cannot be used there: {error}.") from error
 

@@ -43,7 +43,11 @@ def traces(tmp_path: Path) -> Iterator[RequestTraces]:
     mlflow.set_tracking_uri(before)
 
 
-def test_a_trace_tells_what_was_said_and_where_the_time_went(traces: RequestTraces) -> None:
+def test_a_trace_tells_what_was_said_and_where_the_time_went(
+    traces: RequestTraces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     traces.deepwright_request_done(event(1))
     traces.deepwright_request_done(
         event(2, status=504, error="deadline_exceeded", queue_seconds=None, first_token_seconds=None, answers=())
@@ -63,6 +67,9 @@ def test_a_trace_tells_what_was_said_and_where_the_time_went(traces: RequestTrac
     ]
     assert done.info.state == "OK" and done.info.token_usage["total_tokens"] == 29
     assert late.info.state == "ERROR" and len(late.data.spans) == 1
+    # Beside the database, not where somebody happens to be.
+    assert experiment.artifact_location == (tmp_path / "artifacts").as_uri()
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_the_share_is_kept_and_a_wrong_one_is_refused() -> None:
