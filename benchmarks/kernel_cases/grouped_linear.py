@@ -29,6 +29,8 @@ def cases(settings: Settings) -> Iterator[Case]:
         functions = implementations("grouped_linear", Settings(settings.device, settings.dtype, compiled=False))
         functions["torch"] = dispatch.load("grouped_linear", "torch")
         work, backend = 2 * tokens * inputs * outputs, backend_for("grouped_linear", x, weight, even)
+        if settings.gpu and backend != "triton":
+            functions["triton"] = dispatch.load("grouped_linear", "triton")
         for label, ends in (("", even), (" uneven", uneven)):
             shape = f"{groups} x {rows}{label} rows, ({outputs}, {inputs})"
             constants = (x.detach(), weight.detach(), ends)

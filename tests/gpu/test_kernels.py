@@ -22,11 +22,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; there is none here"),
 ]
 
+CASES = Path(__file__).parents[1] / "kernels" / "triton_cases"
+TILES = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
 
-def test_the_interpreters_cases_compiled() -> None:
-    cases = sorted(map(str, (Path(__file__).parents[1] / "kernels" / "triton_cases").glob("cases_*.py")))
+
+@pytest.mark.parametrize("cases", sorted(path.name for path in CASES.glob("cases_*.py")))
+def test_the_interpreters_cases_compiled(cases: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *cases, "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(CASES / cases), "-q", "-p", "no:cacheprovider"],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -42,6 +45,19 @@ def test_auto_takes_the_kernels() -> None:
         "rotary": "triton",
         "mla_paged_decode": "cuda" if torch.cuda.get_device_capability() == (9, 0) else "triton",
     }
+
+
+@pytest.mark.skipif(not TILES, reason="its tiles are for Hopper and Blackwell GPUs")
+def test_few_large_groups_take_torchs_product() -> None:
+    """Which is level there or ahead; not in float16, where torch's product waits for the host."""
+
+    def choice(groups: int, rows: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        x_TK = torch.empty(groups * rows, 64, device="cuda", dtype=dtype)
+        weight_ENK = torch.empty(groups, 64, 64, device="cuda", dtype=dtype)
+        return backend_for("grouped_linear", x_TK, weight_ENK, torch.empty(groups, device="cuda", dtype=torch.int32))
+
+    assert [choice(8, 4096), choice(16, 2048)] == ["torch"] * 2
+    assert [choice(8, 1024), choice(64, 3072), choice(64, 8), choice(8, 4096, torch.float16)] == ["triton"] * 4
 
 
 @pytest.mark.parametrize("width", [128, 2048, 7168])
