@@ -123,9 +123,9 @@ def test_what_stands_behind_a_stop_token_is_dropped(registry: Registry) -> None:
         assert engine.stats.cache_blocks_used == 0
 
 
-def test_rows_whose_next_token_hangs_on_the_host_take_no_drafts(registry: Registry) -> None:
+def test_drafts_are_scored_and_not_accepted_where_penalties_hang_on_them(registry: Registry) -> None:
     model = build(registry, 1, agreement=0.9)
-    wanted = [replace(GREEDY, frequency_penalty=0.7), replace(GREEDY, scores=2), GREEDY]
+    wanted = [replace(GREEDY, frequency_penalty=0.7), replace(GREEDY, scores=2, temperature=0.5), GREEDY]
     want = Engine(model, 0).generate([PROMPT] * 3, wanted)
     engine = Engine(model, 0, speculate=2)
     events = {engine.add(PROMPT, params): [] for params in wanted}  # type: ignore[var-annotated]
@@ -136,10 +136,13 @@ def test_rows_whose_next_token_hangs_on_the_host_take_no_drafts(registry: Regist
             new = [event for event in step if event.request_id == request]
             tokens += new
             most[request] = max(most[request], len(new))
-    assert list(most.values()) == [1, 1, 3]
+    assert list(most.values()) == [1, 3, 3]
     for completion, tokens in zip(want, events.values(), strict=True):
         assert [event.token_id for event in tokens] == completion.token_ids
-    assert [event.score.token_id for event in events[1]] == want[1].token_ids
+    for score, event in zip(want[1].scores, events[1], strict=True):
+        assert (event.score.token_id, dict(event.score.top).keys()) == (score.token_id, dict(score.top).keys())
+        assert event.score.logprob == pytest.approx(score.logprob, abs=1e-5)
+        assert dict(event.score.top) == pytest.approx(dict(score.top), abs=1e-5)
 
 
 @pytest.mark.parametrize("ahead", [False, True])

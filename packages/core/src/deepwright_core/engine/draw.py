@@ -22,7 +22,7 @@ class Draw:
     """What a step drew, on its way to the host.
 
     Of each row, the tokens up to the first are its new ones; with drafts, up to the one behind those accepted. Only the
-    first may be forced or scored.
+    first may be forced.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Draw:
         if self._forced is not None:
             for row in arrays[self._forced].nonzero()[0].tolist():
                 firsts[row] = firsts[row]._replace(forced=True)
-        if self._scores is not None:
-            for row, score in self._scores.read(arrays).items():
-                firsts[row] = firsts[row]._replace(score=score)
         drawn = [[first] for first in firsts]
         if self._accepted is not None:
             further = zip(drawn, arrays[self._accepted].tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
             for new, accepted, ids, values in further:
                 new += map(Drawn, ids[1 : accepted + 1], values[1 : accepted + 1])
+        if self._scores is not None:
+            for row, scores in self._scores.read(arrays).items():
+                drawn[row] = [new._replace(score=score) for new, score in zip(drawn[row], scores, strict=False)]
         return drawn

@@ -347,7 +347,7 @@ class ModelRunner:
         forced_B = None
         if controls is not None:
             token_BQ[:, 0], logprob_BQ[:, 0], forced_B = controls.settle(token_BQ[:, 0], logprob_BQ[:, 0])
-        scores = AnswerScores(sequences, logits_XV, token_BQ[:, 0], queries, parcel) if self._any_scored else None
+        scores = AnswerScores(sequences, logits_XV, token_BQ, parcel) if self._any_scored else None
         return Draw(token_BQ, logprob_BQ, forced_B, scores, parcel)
 
     # Prefill -----------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 A score is the log-probability at temperature 1, before penalties, biases, grammars and truncation. What a token was
 drawn with (`TokenEvent.logprob`) may differ.
 
-Shapes: N places, B rows of a step, X logit rows of them, Q tokens of a chunk, V vocabulary, K alternatives, D hidden
-size.
+Shapes: N places, B rows of a step, X logit rows of them, Q tokens of a chunk or places of a row, V vocabulary, K
+alternatives, D hidden size.
 """
 
 from __future__ import annotations
@@ -71,25 +71,29 @@ class ScoresUnderWay:
 
 
 class AnswerScores:
-    """Scores of the tokens that a step draws, for the rows that ask."""
+    """Scores of the tokens that a step draws, at drafted places too, for the rows that ask."""
 
-    def __init__(self, sequences: Ordered[Sequence], logits_XV: Tensor, token_B: Tensor, stride: int, parcel: Parcel):
-        """logits_XV: the model's own; row b's are at b · stride."""
+    def __init__(self, sequences: Ordered[Sequence], logits_XV: Tensor, token_BQ: Tensor, parcel: Parcel) -> None:
+        """logits_XV: the model's own, row by row and place by place."""
         rows: dict[int, list[int]] = {}  # how many alternatives -> rows that want so many
         for row, sequence in enumerate(sequences):
             if sequence.params.scores is not None:
                 rows.setdefault(sequence.params.scores, []).append(row)
+        self._queries = token_BQ.shape[1]
         self._under_way = []
         for alternatives, wanted in rows.items():
-            wanted_N = on_device(wanted, token_B.device)
-            scores = scored(logits_XV[wanted_N * stride], token_B[wanted_N], alternatives)
+            wanted_N = on_device(wanted, token_BQ.device)
+            logits_NQV = logits_XV.unflatten(0, token_BQ.shape)[wanted_N]
+            scores = scored(logits_NQV.flatten(0, 1), token_BQ[wanted_N].flatten(), alternatives)
             self._under_way.append((wanted, ScoresUnderWay(parcel, scores)))
 
-    def read(self, arrays: list[np.ndarray]) -> dict[int, TokenScore]:
-        """Row -> score, from the opened parcel."""
-        return {
-            row: score for rows, scores in self._under_way for row, score in zip(rows, scores.read(arrays), strict=True)
-        }
+    def read(self, arrays: list[np.ndarray]) -> dict[int, list[TokenScore]]:
+        """Row -> scores, place by place, from the opened parcel."""
+        told: dict[int, list[TokenScore]] = {}
+        for rows, under_way in self._under_way:
+            scores = under_way.read(arrays)
+            told |= {row: scores[i * self._queries : (i + 1) * self._queries] for i, row in enumerate(rows)}
+        return told
 
 
 class PromptScores:

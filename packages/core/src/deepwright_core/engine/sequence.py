@@ -127,7 +127,7 @@ class SamplingParams:
     def speculative(self) -> bool:
         """Whether drafted tokens are of use. Rules say themselves how long they leave what is drawn behind such alone
         (`Rules.free_draws`)."""
-        return not self.penalised and self.scores is None
+        return not self.penalised
 
 
 class Drawn(NamedTuple):

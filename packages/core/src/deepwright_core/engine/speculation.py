@@ -25,8 +25,8 @@ What modules write for drafts lies behind these entries and is overwritten by th
 the device nothing, and the next one may be started before anybody has read how many drafts this one accepted.
 
 Left out: trees of drafts, and drafts where what is drawn behind them hangs on what they are: penalties, grammars, and
-the draws that a least length or thinking control binds (`Sequence.room`); where tokens are scored, too. Their drafts
-are not accepted, while their modules' entries are kept right for those who share their blocks.
+the draws that a least length or thinking control binds (`Sequence.room`). Those drafts are not accepted, while their
+modules' entries are kept right for those who share their blocks.
 
 Shapes: R rows, B of them, K drafts, Q = K + 1 queries, M modules, J sequences whose prefill is complete, P blocks,
 N slots, D hidden size, V vocabulary.
