@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..operation import Operation
 from ..packed_attention import hopper, triton
 from ..packed_attention.widths import why_not_hopper
 from .slices import attend_slice, empty_slice, over_slices
 
 
-@torch.library.custom_op("deepwright::context_attention_hopper", mutates_args=())
-def _slice(
+def _attend(
     q_BQHK: Tensor,
     k_BNGK: Tensor,
     v_BNGV: Tensor,
@@ -33,21 +33,8 @@ def _slice(
     return attend_slice(hopper.attend if fits else triton.attend, *tensors, offset, scale, dtype)
 
 
-@_slice.register_fake
-def _(
-    q_BQHK: Tensor,
-    k_BNGK: Tensor,
-    v_BNGV: Tensor,
-    positions_BQ: Tensor,
-    lengths_B: Tensor,
-    starts_BQ: Tensor | None,
-    carried_BQHV: Tensor | None,
-    carried_sums_BHQ: Tensor | None,
-    offset: int,
-    scale: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return empty_slice(q_BQHK, v_BNGV, dtype)
+_slice = Operation("context_attention_hopper", _attend)
+_slice.shapes(empty_slice)
 
 
 def context_attention(

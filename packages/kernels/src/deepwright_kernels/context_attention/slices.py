@@ -47,7 +47,19 @@ def attend_slice(
     return out, sums_BHQ
 
 
-def empty_slice(q_BQHK: Tensor, v_BNGV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def empty_slice(
+    q_BQHK: Tensor,
+    k_BNGK: Tensor,
+    v_BNGV: Tensor,
+    positions_BQ: Tensor,
+    lengths_B: Tensor,
+    starts_BQ: Tensor | None,
+    carried_BQHV: Tensor | None,
+    carried_sums_BHQ: Tensor | None,
+    offset: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """What `attend_slice` gives, without the work: for tracing."""
     batch, queries, heads, _ = q_BQHK.shape
     return (

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..operation import Operation
 from ..packed_attention.triton import attend
 from .slices import attend_slice, empty_slice, over_slices
 
 
-@torch.library.custom_op("deepwright::context_attention", mutates_args=())
-def _slice(
+def _attend(
     q_BQHK: Tensor,
     k_BNGK: Tensor,
     v_BNGV: Tensor,
@@ -29,21 +29,8 @@ def _slice(
     return attend_slice(attend, *tensors, offset, scale, dtype)
 
 
-@_slice.register_fake
-def _(
-    q_BQHK: Tensor,
-    k_BNGK: Tensor,
-    v_BNGV: Tensor,
-    positions_BQ: Tensor,
-    lengths_B: Tensor,
-    starts_BQ: Tensor | None,
-    carried_BQHV: Tensor | None,
-    carried_sums_BHQ: Tensor | None,
-    offset: int,
-    scale: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return empty_slice(q_BQHK, v_BNGV, dtype)
+_slice = Operation("context_attention", _attend)
+_slice.shapes(empty_slice)
 
 
 def context_attention(
