@@ -184,6 +184,20 @@ def test_after_a_warm_up_nothing_is_captured() -> None:
     assert len(engine._runner._graphs._captured) == captured
 
 
+def test_after_a_warm_up_nothing_is_captured_for_drafts() -> None:
+    engine = Engine(model(MLA, modules=1), 0, max_batch=4, cache_tokens=4096, speculate=1)
+    engine.warm_up()
+    captured = len(engine._runner._graphs._captured)
+    assert captured == 3 * 3 * 3  # rows 1, 2, 4; contexts of 1024, 2048, 4096; to verify, to draft greedily, at random
+    for params in (
+        GREEDY,
+        SamplingParams(max_tokens=9),
+        SamplingParams(max_tokens=9, top_p=0.8, logit_bias=((3, 1.0),)),
+    ):
+        engine.generate(prompts(3), params)
+    assert len(engine._runner._graphs._captured) == captured
+
+
 def test_a_model_that_cannot_be_captured_decodes_without(caplog: pytest.LogCaptureFixture) -> None:
     served = model(GQA)
     want = Engine(served, 0, max_batch=8, graphs="off").generate(prompts(8), GREEDY)

@@ -146,7 +146,7 @@ class Engine:
     def warm_up(self) -> None:
         """Capture the decode graphs of all sizes now, so that no request waits for one later: some seconds on a GPU.
 
-        Nothing to do elsewhere. What truncation in drafts and the kernels of prefill compile waits for its first use.
+        Nothing to do elsewhere. What the kernels of prefill compile waits for its first use.
         """
         if self.has_work:
             raise RequestError("Engine.warm_up was called while requests are under way; call it before the first.")

@@ -204,10 +204,14 @@ class ModelRunner:
         return self.device.type == "cuda"
 
     def warm_up(self) -> None:
-        """Capture all sizes of the decode step while every row is padding: greedy rows and untruncated ones."""
+        """Capture all sizes of the decode step while every row is padding, and compile what draws."""
         if self._graphs is None:
             return
         self._clear(0)
+        logits_1V = torch.zeros(1, self.model.config.vocab_size, device=self.device)
+        first, length_1 = self._sampling_R.first(1), self._length_R[:1]
+        for any_random, any_truncated in ((False, False), (True, False), (True, True)):
+            sample(logits_1V, first, length_1, any_random=any_random, any_truncated=any_truncated)
         longest = min(math.ceil(WARM_CONTEXT / self.block_size), self._width_sizes[-1])
         widths = [width for width in self._width_sizes if width <= padded(longest, self._width_sizes)]
         for width in reversed(widths):  # what needs most memory comes first, the others find it there
@@ -274,8 +278,8 @@ class ModelRunner:
 
     @property
     def _drafting(self) -> str:
-        """The name of drafting, of which a graph depends on what drawing needs."""
-        return f"draft{' at random' * self._any_random}{' of the kept' * self._any_truncated}"
+        """The name of drafting, of which a graph depends on how it draws."""
+        return "draft at random" if self._any_random else "draft"
 
     def _verify_rows(self, count: int, width: int) -> Tensor:
         """One call of the model over the first `count` rows and their drafts: hidden states [B, Q, D]."""
@@ -288,7 +292,13 @@ class ModelRunner:
         assert self._speculation is not None
         rows = self._sampling_R.first(count)
         decoding = self._decoding(count, width)
-        self._speculation.advance(decoding, lambda logits_BV, at_B: self._sample(logits_BV, rows, at_B)[0])
+        # One graph serves all that is drawn at random: where nothing is to be left out, leaving out costs little.
+        truncated = self._any_truncated or self._graphs is not None
+
+        def draw(logits_BV: Tensor, position_B: Tensor) -> Tensor:
+            return sample(logits_BV, rows, position_B, any_random=self._any_random, any_truncated=truncated)[0]
+
+        self._speculation.advance(decoding, draw)
         return self._speculation.draft_RK
 
     def _decoding(self, count: int, width: int) -> DecodingRows:
@@ -314,9 +324,6 @@ class ModelRunner:
             self._adapters.select(self._tensor([sequence.adapter]))
         return self.model.logits(hidden_ND)
 
-    def _sample(self, logits_BV: Tensor, rows: SamplingRows, position_B: Tensor) -> tuple[Tensor, Tensor]:
-        return sample(logits_BV, rows, position_B, any_random=self._any_random, any_truncated=self._any_truncated)
-
     # Decode ------------------------------------------------------------------------------------------
 
     def _decode(self, sequences: list[Sequence]) -> Tensor:
@@ -338,10 +345,12 @@ class ModelRunner:
         count, queries = position_BQ.shape
         controls = self._controls.of(sequences) if self._any_controlled else None
         rows = self._sampling_R.first(count)
-        token_X, logprob_X = self._sample(
+        token_X, logprob_X = sample(
             logits_XV if controls is None else controls.adjust(logits_XV, queries),
             rows if queries == 1 else rows.repeated(queries),
             position_BQ.flatten(),
+            any_random=self._any_random,
+            any_truncated=self._any_truncated,
         )
         token_BQ, logprob_BQ = token_X.view(count, queries), logprob_X.view(count, queries)
         forced_B = None
