@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,14 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
+def run_in(folder: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder to its end; its output is on the result."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment(), cwd=folder
+    )
+
+
 @pytest.fixture
 def deepwright(tmp_path: Path) -> Run:
-    """Run a command to its end; its output is on the result."""
-
-    def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment(), cwd=tmp_path
-        )
-
-    return run
+    """Run a command in the test's own folder."""
+    return partial(run_in, tmp_path)

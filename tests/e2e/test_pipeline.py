@@ -2,35 +2,52 @@
 
 import json
 import sqlite3
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deepwright_core.tasks import load_problems
 
-from .conftest import Run
+from .conftest import Run, run_in
 
+SMOKE = ("experiment=smoke", "threads=1")
 STAGES = ["prepare", "pretrain", "sft", "rl", "distill", "serve"]
+
+
+Results = dict[str, dict[str, Any]]
+
+
+def results(root: Path) -> Results:
+    """What stands in each stage's result, by the stage's directory."""
+    return {path.parent.name: json.loads(path.read_text()) for path in root.glob("stages/*/result.json")}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, subprocess.CompletedProcess[str], Results]":
+    """The root of a pipeline on a fresh machine, how it ended, and the results it left."""
+    root = tmp_path_factory.mktemp("pipeline") / "runs"
+    done = run_in(root.parent, "run", "pipeline", *SMOKE, f"paths.root={root}")
+    return root, done, results(root)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_text_to_a_served_model_and_everything_reused_the_second_time(deepwright: Run, tmp_path: Path) -> None:
-    root = tmp_path / "runs"
-    arguments = ("run", "pipeline", "experiment=smoke", f"paths.root={root}", "threads=1")
-    first = deepwright(*arguments)
-    assert first.returncode == 0, first.stdout + first.stderr
+def test_text_to_a_served_model_and_everything_reused_the_second_time(
+    first: "tuple[Path, subprocess.CompletedProcess[str], Results]", deepwright: Run
+) -> None:
+    root, done, found = first
+    assert done.returncode == 0, done.stdout + done.stderr
 
-    results = {
-        path.parent.name.split("-")[0]: json.loads(path.read_text()) for path in root.glob("stages/*/result.json")
-    }
-    assert sorted(results) == sorted(STAGES)
+    by_stage = {name.split("-")[0]: result for name, result in found.items()}
+    assert sorted(by_stage) == sorted(STAGES) and len(found) == len(STAGES)
     for stage in STAGES:
-        assert f"✓ {stage}" in first.stderr
-    assert "deepwright serve" in first.stdout  # how to chat
-    pretrain = results["pretrain"]["metrics"]
+        assert f"✓ {stage}" in done.stderr
+    assert "deepwright serve" in done.stdout  # how to chat
+    pretrain = by_stage["pretrain"]["metrics"]
     assert pretrain["cache_saving"] >= 0.8
-    assert results["serve"]["metrics"]["accuracy"] >= 0
+    assert by_stage["serve"]["metrics"]["accuracy"] >= 0
 
     # The held-out problems that were asked over HTTP are test problems, with answers that were judged.
     prepare, serve = (next(root.glob(f"stages/{name}-*")) for name in ("prepare", "serve"))
@@ -47,16 +64,19 @@ def test_text_to_a_served_model_and_everything_reused_the_second_time(deepwright
     assert len(parents) == len(STAGES) and len(set(parents.values())) == 1
     assert models == [("deepwright",)]
 
-    second = deepwright(*arguments)
+    second = deepwright("run", "pipeline", *SMOKE, f"paths.root={root}")
     assert second.returncode == 0, second.stdout + second.stderr
-    after = {path.parent.name.split("-")[0]: json.loads(path.read_text()) for path in root.glob("stages/*/result.json")}
-    assert after == results  # not one stage was done again
+    after = results(root)
+    assert {name: after[name] for name in found} == found  # not one stage was done again
+    assert second.stderr.count("reused") == len(STAGES)
 
 
-def test_another_learning_rate_repeats_only_what_depends_on_it(deepwright: Run, tmp_path: Path) -> None:
-    arguments = ("run", "rl", "experiment=smoke", f"paths.root={tmp_path / 'runs'}", "run.workflow=none", "threads=1")
-    assert deepwright(*arguments).returncode == 0
-    before = {path.name for path in (tmp_path / "runs" / "stages").iterdir()}
-    assert deepwright(*arguments, "rl.lr=5e-5").returncode == 0
-    new = {path.name for path in (tmp_path / "runs" / "stages").iterdir()} - before
-    assert [name.split("-")[0] for name in new] == ["rl"]
+@pytest.mark.timeout(400)
+def test_another_learning_rate_repeats_only_what_depends_on_it(
+    first: "tuple[Path, subprocess.CompletedProcess[str], Results]", deepwright: Run
+) -> None:
+    root, done, found = first
+    assert done.returncode == 0, done.stderr
+    again = deepwright("run", "rl", *SMOKE, f"paths.root={root}", "run.workflow=none", "rl.lr=5e-5")
+    assert again.returncode == 0, again.stderr
+    assert [name.split("-")[0] for name in results(root).keys() - found.keys()] == ["rl"]
