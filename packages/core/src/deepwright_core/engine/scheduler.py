@@ -102,11 +102,12 @@ class Scheduler:
         unknown = 1 + self.drafts
         if any(sequence.controlled and not sequence.foreseen(unknown + 1) for sequence in rows):
             return None
-        missing = [self._missing(sequence, min(len(sequence.tokens) + unknown, sequence.limit)) for sequence in rows]
+        growing = self._outgrowing(rows, unknown)
+        missing = [self._missing(sequence, min(len(sequence.tokens) + unknown, sequence.limit)) for sequence in growing]
         if self.manager.available < sum(missing):
             return None
         self._publish_generated()
-        grown = self._lengthen(rows, missing)
+        grown = self._lengthen(growing, missing)
         grown += self._lengthen_for_drafts(rows, unknown)
         ahead = Plan(rows, grown, self._rooms(rows))
         self._fill(ahead, admits=True)
@@ -209,9 +210,8 @@ class Scheduler:
     def _grow(self) -> list[tuple[Sequence, int]]:
         """Give a block to each decoding sequence whose last is full, preempting the latest admitted if it must; then
         blocks for drafts, while there are any. Returns who grew, with the place of the first new block."""
-        size, manager = self.block_size, self.manager
-        growing = [s for s in self.decoding if len(s.tokens) > len(s.blocks) * size]
-        while growing and manager.available < len(growing):
+        growing = self._outgrowing(self.decoding, 0)
+        while growing and self.manager.available < len(growing):
             victim = next(reversed(self.admitted.values()))
             self._preempt(victim)
             if victim in growing:
@@ -241,11 +241,16 @@ class Scheduler:
         # What the modules write for drafts may lie up to 2 · drafts - lookahead positions behind the last token.
         ahead = unknown + 2 * self.drafts - self.lookahead
         lengthened = []
-        for sequence in sequences:
-            if sequence.params.speculative:
+        for sequence in self._outgrowing(sequences, ahead):
+            if sequence.speculative:
                 missing = self._missing(sequence, min(len(sequence.tokens) + ahead, sequence.limit - 1))
                 lengthened += self._lengthen([sequence], [min(missing, self.manager.available)])
         return lengthened
+
+    def _outgrowing(self, sequences: list[Sequence], more: int) -> list[Sequence]:
+        """Those whose blocks would not hold so many more tokens than they have."""
+        size = self.block_size
+        return [s for s in sequences if len(s.tokens) + more > len(s.blocks) * size]
 
     def _missing(self, sequence: Sequence, tokens: int) -> int:
         """How many blocks a sequence lacks for so many tokens."""

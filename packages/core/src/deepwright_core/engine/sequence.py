@@ -123,12 +123,6 @@ class SamplingParams:
         """Whether what may come next hangs on the answer so far."""
         return self.min_tokens > 0 or self.thinking is not None or self.grammar is not None
 
-    @property
-    def speculative(self) -> bool:
-        """Whether drafted tokens are of use. Rules say themselves how long they leave what is drawn behind such alone
-        (`Rules.free_draws`)."""
-        return not self.penalised
-
 
 class Drawn(NamedTuple):
     """A token that the runner drew for a sequence. forced: thinking control put it there; its logprob is 0."""
@@ -209,6 +203,7 @@ class Sequence:
         "rules",
         "salt",
         "scores",
+        "speculative",
         "stop_ids",
         "tokens",
     )
@@ -233,6 +228,7 @@ class Sequence:
         self.prompt_scores: list[TokenScore] = []
         self.params = params
         self.rules = Rules(params, stop_ids) if params.ruled else None
+        self.speculative = not params.penalised  # else what is drawn behind a draft hangs on it
         self.controlled = params.ruled or params.penalised or bool(params.logit_bias)
         self.limit = limit  # length in tokens at which it ends with "length"
         self.stop_ids = stop_ids
@@ -253,7 +249,7 @@ class Sequence:
     def room(self, block_size: int) -> int:
         """Drafted tokens are of use at positions below this: they have a slot, and a token may follow them, which is
         drawn freely."""
-        if not self.params.speculative:
+        if not self.speculative:
             return 0
         room = min(len(self.blocks) * block_size, self.limit - 1)
         return room if self.rules is None else int(min(room, len(self.tokens) + max(0, self.rules.free_draws - 1)))
