@@ -152,21 +152,22 @@ def test_rules_let_drafts_through_for_as_long_as_they_leave_the_draws_alone(
     model = build(registry, 1, agreement=0.8)
     budget = ThinkingControl(end_id=5, opened=True, budget=7, closing=(3,), start_id=4)
     unopened = replace(budget, opened=False, budget=4)
+    never = replace(unopened, budget=0)
     least = ThinkingControl(end_id=5, opened=True, least=6, continuation=(2, 1))
     later = replace(least, opened=False, start_id=4)
     sampled = replace(GREEDY, max_tokens=24, temperature=0.9)
-    kinds = [replace(sampled, thinking=control) for control in (budget, unopened, least, later)]
+    kinds = [replace(sampled, thinking=control) for control in (budget, unopened, least, later, never)]
     kinds += [replace(sampled, min_tokens=6, ignore_eos=False), replace(sampled, logit_bias=((3, 1.0), (1, -9.0)))]
     wanted = [replace(kind, seed=seed) for kind in kinds for seed in range(6)]
-    want = Engine(model, 0).generate([PROMPT] * 36, wanted)
+    want = Engine(model, 0).generate([PROMPT] * 42, wanted)
     assert all(any(any(completion.forced) for completion in want[6 * kind : 6 * kind + 6]) for kind in range(4))
     monkeypatch.setattr(ModelRunner, "runs_ahead", ahead)
     small = {"block_size": 2, "cache_tokens": 120, "max_batch": 9}
     for shape in ({"speculate": 3}, {"speculate": 0, **small}, {"speculate": 3, **small}):
         engine = Engine(model, 0, **shape)
         # One kind at a time, too: a row whose next draw is bound keeps all from running ahead.
-        have = [c for kind in range(6) for c in engine.generate([PROMPT] * 6, wanted[6 * kind : 6 * kind + 6])]
-        have = have if ahead else engine.generate([PROMPT] * 36, wanted)
+        have = [c for kind in range(7) for c in engine.generate([PROMPT] * 6, wanted[6 * kind : 6 * kind + 6])]
+        have = have if ahead else engine.generate([PROMPT] * 42, wanted)
         assert [(c.token_ids, c.forced, c.finish_reason) for c in have] == [
             (c.token_ids, c.forced, c.finish_reason) for c in want
         ]

@@ -55,6 +55,7 @@ class StepControls:
             bounds = sequence.rules.bounds() if sequence.rules is not None else FREE
             added += [(row, token, -np.inf) for token in bounds.banned if token < controls.vocabulary]
             biased += [(row, token, bias) for token, bias in sequence.params.logit_bias]
+            biased += [(row, token, -np.inf) for token in bounds.banned_for_good if token < controls.vocabulary]
             if bounds.forced is not None:
                 self._forced.append((row, bounds.forced))
             if bounds.instead is not None:
@@ -67,8 +68,8 @@ class StepControls:
     def adjust(self, logits_XV: Tensor, stride: int = 1) -> Tensor:
         """float32 logits as they are to be drawn from; what came in stays as it is.
 
-        Row b's are at b · stride. Those between are of drafts: biases hold there too, while what hangs on the tokens
-        before lets no drafts through.
+        Row b's are at b · stride. Those between are of drafts: what stays the same to the answer's end holds there
+        too, while what hangs on the tokens before lets no drafts through.
         """
         if not (self._penalised or self._added or self._biased or self._masks):
             return logits_XV

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 class Bounds(NamedTuple):
     """Of one draw.
 
-    forced: the token that comes whatever is drawn. banned: tokens that cannot be drawn. replaced: tokens instead of
-    which, when they are drawn, `instead` comes. allowed_W: a grammar's mask (`grammar`), from which `banned` are gone.
+    forced: the token that comes whatever is drawn. banned: tokens that cannot be drawn. banned_for_good: nor in any
+    later draw. replaced: tokens instead of which, when they are drawn, `instead` comes. allowed_W: a grammar's mask
+    (`grammar`), from which banned ones are gone.
     """
 
     forced: int | None = None
     banned: frozenset[int] = frozenset()
+    banned_for_good: frozenset[int] = frozenset()
     replaced: frozenset[int] = frozenset()
     instead: int | None = None
     allowed_W: np.ndarray | None = None
@@ -52,7 +54,8 @@ class Rules:
 
     def bounds(self) -> Bounds:
         """Of the next draw."""
-        ends = self._stop_ids if self._tokens < self._least else frozenset[int]()
+        none = frozenset[int]()
+        ends, for_good = self._stop_ids if self._tokens < self._least else none, none
         control, thinking = self._control, self._thinking
         if control is not None and thinking is not None:
             if thinking.queue:
@@ -67,32 +70,32 @@ class Rules:
                     return Bounds(replaced=replaced, instead=control.continuation[0])
                 return Bounds(banned=replaced)
             if control.start_id is not None and control.spent(thinking):
-                ends |= {control.start_id}
+                for_good = frozenset({control.start_id})
         if self._grammar is None:
-            return Bounds(banned=ends)
+            return Bounds(banned=ends, banned_for_good=for_good)
         allowed_W = self._grammar.allowed_W.copy()
         if self._grammar.accepting:
             set_bits(allowed_W, self._stop_ids, True)
         if control is not None and control.start_id is not None and not self._tokens:
             set_bits(allowed_W, [control.start_id], True)
         bounded_W = allowed_W.copy()
-        set_bits(bounded_W, ends, False)
+        set_bits(bounded_W, ends | for_good, False)
         # Where the grammar leaves only what may not end yet, the grammar has its way: something must be drawn.
         return Bounds(allowed_W=bounded_W if bounded_W.any() else allowed_W)
 
     @property
     def free_draws(self) -> float:
-        """How many draws from here on are bound to nothing, whatever they give."""
+        """How many draws from here on, whatever they give, are bound to nothing but what is banned for good."""
         if self._tokens < self._least or self._grammar is not None:
             return 0
         control, thinking = self._control, self._thinking
         if control is None or thinking is None:
             return math.inf
-        if not thinking.inside and control.start_id is None:
+        if not thinking.inside and (control.start_id is None or control.spent(thinking)):
             return math.inf
         if thinking.queue or thinking.thoughts < control.least:
             return 0  # a least length would bind what follows a drawn start_id, too
-        return math.inf if control.budget is None else max(0, control.budget - thinking.thoughts)
+        return math.inf if control.budget is None else control.budget - thinking.thoughts
 
     def take(self, token: int, forced: bool) -> Literal["stop", "length"] | None:
         """Go on behind a token; why the answer cannot: its text is complete, or a limit of its grammar was reached."""
