@@ -68,6 +68,65 @@ def test_an_answer_goes_on_while_another_conversation_is_shown(
     assert page.locator(".writing").count() == 0
 
 
+def begun(page: Any) -> None:
+    page.wait_for_function("() => document.querySelector('.prose')?.textContent.includes('word')")
+
+
+def test_what_is_deleted_while_it_is_answered_stays_deleted_and_can_be_brought_back(
+    serve_script: Callable[..., Any], new_page: Callable[..., Any]
+) -> None:
+    server = serve_script("word " * 100)
+    server.served.context = 4096
+    page = new_page(server)
+    ask(page, "gone")
+    begun(page)
+    choose(page, 0, "Delete")
+    server.until_idle()
+    page.wait_for_function("() => running.size === 0")
+    assert titles(page) == [] and page.evaluate("document.activeElement.id") == "new"
+    assert page.evaluate("Object.keys(localStorage).filter((key) => key.includes('.c.'))") == []
+    page.click("#news button")
+    assert titles(page) == ["gone"] and "word" in page.locator(".prose").inner_text()
+
+
+def test_a_page_loaded_again_keeps_what_an_answer_has_brought_and_can_ask_again(
+    serve_script: Callable[..., Any], new_page: Callable[..., Any]
+) -> None:
+    server = serve_script("word " * 100)
+    server.served.context = 4096
+    page = new_page(server)
+    ask(page)
+    begun(page)
+    page.reload()
+    assert "word" in answered(page).locator(".prose").inner_text()
+    server.until_idle()
+    # A browser that ends without a farewell leaves the question alone.
+    page.evaluate("() => { const at = state.current; at.messages.pop(); at.leaf = at.messages[0].id; keep(at); }")
+    page.reload()
+    page.locator(".turn.user .again").click()
+    assert answered(page).locator(".prose").inner_text().count("word") == 100
+
+
+def test_two_tabs_lose_nothing_of_one_conversation(
+    serve_script: Callable[..., Any], new_page: Callable[..., Any]
+) -> None:
+    server = serve_script("Hello.")
+    page = new_page(server)
+    ask(page, "first")
+    answered(page)
+    other = page.context.new_page()
+    other.goto(server.address)
+    ask(other, "of the other tab")
+    answered(other, 2)
+    page.wait_for_function("() => state.current.messages.length === 4")
+    ask(page, "of this tab")
+    assert answered(page, 2) and page.locator(".bubble").all_inner_texts() == ["first", "of this tab"]
+    assert page.locator(".turn.user").last.locator(".place").inner_text() == "2 / 2"
+    page.reload()
+    said = page.evaluate("state.current.messages.filter((one) => one.role === 'user').map((one) => one.content)")
+    assert said == ["first", "of the other tab", "of this tab"]
+
+
 def test_questions_are_edited_and_all_versions_stay(
     serve_script: Callable[..., Any], new_page: Callable[..., Any]
 ) -> None:
@@ -92,6 +151,7 @@ def test_questions_are_edited_and_all_versions_stay(
     question = page.locator(".turn.user").last
     assert question.locator(".place").inner_text() == "2 / 2"
     question.get_by_role("button", name="The version before").click()
+    assert page.evaluate("document.activeElement.ariaLabel") == "The next version"
     assert page.locator(".bubble").all_inner_texts() == ["one", "two"]
     assert page.locator(".prose").all_inner_texts() == ["Answer 1.", "Answer 2."]
     page.locator(".again").click()
@@ -105,6 +165,7 @@ def test_questions_are_edited_and_all_versions_stay(
     page.keyboard.type(" no")
     page.keyboard.press("Escape")
     assert page.locator(".bubble").first.inner_text() == "one" and len(server.engine.asked) == 4
+    assert page.evaluate("document.activeElement.ariaLabel") == "Edit"
 
 
 def test_out_and_in_again(serve_script: Callable[..., Any], new_page: Callable[..., Any], tmp_path: Path) -> None:

@@ -125,6 +125,33 @@ def test_no_text_holds_up_the_page(page: Any, text: str) -> None:
     assert took < 4000
 
 
+def test_a_long_list_is_not_made_again_for_every_item(page: Any) -> None:
+    """Most of what is shown stays the same nodes, and together they look like one list."""
+    kept = page.evaluate(
+        """() => {
+            const counts = {};
+            for (const [name, item] of [["ul", (n) => `- item ${n}\n  - inner\n`], ["ol", (n) => `${n}. item\n`]]) {
+                const text = [...Array(1000).keys()].map((n) => item(n + 1)).join("");
+                const grown = prose(), whole = prose();
+                grown.draw(text);
+                const before = new Set(grown.node.querySelectorAll("li"));
+                grown.draw(text + item(1001));
+                whole.draw(text + item(1001));
+                const after = [...grown.node.querySelectorAll("li")];
+                counts[name] = [
+                    after.filter((node) => !before.has(node)).length,
+                    grown.node.innerHTML === whole.node.innerHTML,
+                    after.length,
+                    grown.node.lastChild.start ?? 0,
+                ];
+            }
+            return counts;
+        }"""
+    )
+    assert kept["ul"][0] < 300 and kept["ul"][1:] == [True, 2002, 0]
+    assert kept["ol"][0] < 300 and kept["ol"][1:] == [True, 1001, 1001]
+
+
 def test_a_growing_text_looks_as_if_it_had_come_at_once(page: Any) -> None:
     text = (
         "# Head\n\nSome **bold** and\nmore.\n\n1. one\n2. two\n   - in\n3. three\n\n```py\nx = 1\n\ny = 2\n```\n\n"

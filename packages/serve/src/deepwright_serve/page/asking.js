@@ -9,7 +9,7 @@ const sentence = (error) => (error instanceof TypeError ? UNREACHABLE : error.me
 
 async function complaint(reply) {
   let text = `The server answered with status ${reply.status}.`;
-  try { text = (await reply.json()).error.message; } catch { /* Then the status has to do. */ }
+  try { text = (await reply.json()).error.message || text; } catch { /* Then the status has to do. */ }
   const wait = Number(reply.headers.get("retry-after"));
   return reply.status === 429 && wait > 1 ? `${text} (It asks for ${wait} s of patience.)` : text;
 }
@@ -82,7 +82,7 @@ async function answer(conversation) {
   const message = add(conversation, conversation.leaf, { role: "assistant", live: true, model: state.settings.model });
   const controller = new AbortController();
   running.set(conversation.id, controller);
-  // Kept now, so that a question outlives a page that is closed while its answer is written.
+  // Kept now, so that a question outlives a browser that ends while its answer is written.
   keep({ ...conversation, messages: conversation.messages.filter((one) => one !== message), leaf: messages.at(-1).id });
   state.conversations.set(conversation.id, conversation);
   show(conversation);
@@ -106,7 +106,8 @@ async function answer(conversation) {
     if (message.reasoning) message.thoughtFor ??= performance.now() - message.thoughtFrom;
     message.figures = figures(clock, message);
     for (const field of ["live", "thoughtFrom", "stopped", "cut"]) delete message[field];
-    keep(conversation);
+    // What was deleted meanwhile stays deleted.
+    if (state.conversations.has(conversation.id)) keep(conversation);
     answered(conversation, message);
   }
 }

@@ -80,16 +80,17 @@ function drawList() {
 function rename(conversation, row, open) {
   const field = make("input", { type: "text", value: conversation.title, maxLength: LONGEST_TITLE, ariaLabel: "Name of the conversation" });
   let closed = false;
-  const close = (taken) => {
+  const close = (taken, byKey = false) => {
     // Taking the field away makes it lose the focus, which closes it again.
     if (closed) return;
     closed = true;
     if (taken && field.value.trim()) { conversation.title = field.value.trim(); const { changed } = conversation; keep(conversation); conversation.changed = changed; }
     drawList();
+    if (byKey) find("list").children[newest().indexOf(conversation)]?.querySelector(".open").focus();
   };
   field.addEventListener("keydown", (event) => {
-    if (event.key === "Enter") close(true);
-    else if (event.key === "Escape") { event.stopPropagation(); close(false); }
+    if (event.key === "Enter") close(true, true);
+    else if (event.key === "Escape") { event.stopPropagation(); close(false, true); }
   });
   field.addEventListener("blur", () => close(true));
   row.classList.add("naming");
@@ -102,6 +103,7 @@ function drop(conversation) {
   remove(conversation);
   if (conversation === state.current) show(newest()[0] || fresh());
   else drawList();
+  (find("list").querySelector("[aria-current]") || find("new")).focus();
   news("The conversation is deleted.", "Undo", () => { keep(conversation); show(conversation); });
 }
 
@@ -134,14 +136,22 @@ find("file").addEventListener("change", async () => {
   find("file").value = "";
 });
 addEventListener("storage", (event) => {
-  // Another tab has changed something: the list follows, what is shown here stays.
+  // Another tab has changed something: the list follows, and what is shown here stays, with what came as its siblings.
   if (!event.key?.startsWith(`${PLACE}.c.`)) return;
   const id = event.key.slice(`${PLACE}.c.`.length);
-  if (id === state.current.id) return;
-  const conversation = event.newValue ? readConversation(JSON.parse(event.newValue)) : null;
-  if (conversation) state.conversations.set(id, conversation); else state.conversations.delete(id);
+  const there = event.newValue ? readConversation(JSON.parse(event.newValue)) : null;
+  const here = state.current.id === id ? state.current : running.has(id) ? state.conversations.get(id) : null;
+  if (here && there) absorb(here, there);
+  else if (there) state.conversations.set(id, there);
+  else {
+    running.get(id)?.abort();
+    state.conversations.delete(id);
+  }
+  if (here === state.current) for (const view of views.values()) view.draw();
   drawList();
 });
+// What an answer has brought so far outlives a page that is closed or loaded again.
+addEventListener("pagehide", () => { for (const id of running.keys()) if (state.conversations.has(id)) keep(state.conversations.get(id)); });
 
 // Settings -------------------------------------------------------------------------------------------
 

@@ -81,6 +81,14 @@ function keep(conversation) {
   store(`${PLACE}.c.${conversation.id}`, { ...conversation, messages: conversation.messages.map(({ live, thoughtFrom, ...rest }) => rest) });
 }
 
+/** Take in what another tab has added to a conversation that is open here, too; the branch that is shown stays. */
+function absorb(conversation, other) {
+  const known = new Set(conversation.messages.map((message) => message.id));
+  conversation.messages.push(...other.messages.filter((message) => !known.has(message.id)));
+  conversation.title = other.title;
+  conversation.changed = Math.max(conversation.changed, other.changed);
+}
+
 function remove(conversation) {
   state.conversations.delete(conversation.id);
   try { localStorage.removeItem(`${PLACE}.c.${conversation.id}`); } catch { /* Nothing was kept, then. */ }

@@ -75,6 +75,14 @@ const isRule = (line) => line.length < 200 && /^\s{0,3}(?:-[\s-]*-[\s-]*-|\*[\s*
 const isHeading = (line) => /^#{1,6}\s/.test(line);
 const isTable = (line, next = "") => line.includes("|") && next.includes("|") && next.includes("-") && next.length < 2000 && /^[\s|:-]+$/.test(next) && cells(line).length <= WIDEST;
 
+// A list is cut at an item after so many lines, into lists that look like one: what is settled of it is made once.
+// Not where all items have the number 1, of which each list would begin again.
+const PART = 100;
+const cutBefore = (line, first) => {
+  const [item, list] = [ITEM.exec(line), ITEM.exec(first)];
+  return item && item[1].length <= list[1].length + 1 && Number(item[3] ?? 2) > 1;
+};
+
 /** The blocks of a text: for each the number of its first line, and a function that makes its node. */
 function split(source, depth = 0) {
   const found = [];
@@ -101,7 +109,7 @@ function split(source, depth = 0) {
       const quoted = takeWhile((l) => /^\s{0,3}>/.test(l)).map((l) => l.replace(/^\s{0,3}>\s?/, ""));
       add(() => make("blockquote", {}, ...blocks(quoted, depth + 1)));
     } else if (ITEM.test(line) && depth < DEEPEST) {
-      const items = takeWhile((l, n) => ITEM.test(l) || (n && /^\s{2,}\S/.test(l)));
+      const items = takeWhile((l, n) => (ITEM.test(l) || (n && /^\s{2,}\S/.test(l))) && !(n >= PART && cutBefore(l, line)));
       add(() => list(items, depth));
     } else if (isTable(line, source[at + 1])) {
       at += 2;

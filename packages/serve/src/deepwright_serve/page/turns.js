@@ -50,7 +50,14 @@ function switcher(conversation, message) {
   const all = siblings(conversation, message);
   if (all.length < 2) return [];
   const at = all.indexOf(message);
-  const to = (step) => { turnTo(conversation, all[at + step]); keep(conversation); show(conversation); };
+  const to = (step) => {
+    turnTo(conversation, all[at + step]);
+    keep(conversation);
+    show(conversation);
+    // The button that was pressed is gone; the focus goes to the one in its place, or to the other at the last version.
+    const ways = [...views.get(all[at + step]).node.querySelectorAll(".switcher button")];
+    (step < 0 ? ways : ways.reverse()).find((button) => !button.disabled).focus();
+  };
   const before = tool("before", "The version before", () => to(-1), { bare: true });
   const after = tool("chevron", "The next version", () => to(1), { bare: true });
   before.disabled = at === 0 || running.has(conversation.id);
@@ -65,12 +72,14 @@ function questionView(conversation, message) {
   const draw = () => {
     meta.replaceChildren(...switcher(conversation, message),
       tool("edit", "Edit", edit, { bare: true }),
-      tool("copy", "Copy", () => toClipboard(message.content).then((done) => news(done ? "Copied." : "The browser does not allow copying.")), { bare: true }));
+      tool("copy", "Copy", () => toClipboard(message.content).then((done) => news(done ? "Copied." : "The browser does not allow copying.")), { bare: true }),
+      ...unanswered(conversation, message));
   };
   function edit() {
     if (running.has(conversation.id)) return;
     const field = make("textarea", { value: message.content, ariaLabel: "Your message, to be sent again", rows: Math.min(message.content.split("\n").length + 1, 12) });
-    const close = () => { node.replaceChildren(bubble, meta); node.classList.remove("editing"); };
+    const before = document.activeElement;
+    const close = () => { node.replaceChildren(bubble, meta); node.classList.remove("editing"); before.focus(); };
     const send = () => {
       const text = field.value.trim();
       if (!text || running.has(conversation.id)) return;
@@ -101,7 +110,17 @@ function resultView(conversation, message) {
   const node = turn(message, "A function's result");
   const call = conversation.messages.flatMap((one) => one.calls || []).find((one) => one.id === message.call);
   node.append(make("div", { className: "call" }, make("div", { className: "bar" }, icon("tool"), make("span", {}, `${call?.name || "The function"} gave`)), make("pre", { tabIndex: 0 }, message.content)));
-  return { node, draw() {} };
+  const meta = make("div", { className: "meta" });
+  node.append(meta);
+  const draw = () => meta.replaceChildren(...unanswered(conversation, message));
+  draw();
+  return { node, draw };
+}
+
+/** What is asked for an answer that never came, because the browser ended before. */
+function unanswered(conversation, message) {
+  if (conversation.leaf !== message.id || running.has(conversation.id)) return [];
+  return [tool("again", "Answer", () => answer(conversation), { className: "again" })];
 }
 
 function answerView(conversation, message) {
@@ -170,10 +189,10 @@ function footing(conversation, message) {
   return parts;
 }
 
-/** Another answer to the same question. One that failed is replaced, any other stays beside the new one. */
+/** Another answer to the same question. One that said nothing is replaced, any other stays beside the new one. */
 function regenerate(conversation, message) {
   if (running.has(conversation.id)) return;
   conversation.leaf = message.parent;
-  if (message.problem && !message.content && !message.reasoning) conversation.messages.splice(conversation.messages.indexOf(message), 1);
+  if (!message.content && !message.reasoning && !message.calls) conversation.messages.splice(conversation.messages.indexOf(message), 1);
   answer(conversation);
 }
