@@ -71,6 +71,7 @@ _choices: dict[str, Choice] = {}
 _functions: dict[str, dict[str, Callable[..., Any]]] = {backend: {} for backend in BUILT_IN}
 _imported: dict[str, int] = {}  # backend -> how many operators there were when it was imported
 _warned: set[tuple[str, str, str]] = set()
+_any_chosen = False  # whether some operator has another backend than `auto`'s
 # Asked before every call of an operator, and answered slowly.
 _found: dict[str, bool] = {}
 _capabilities: dict[int, tuple[int, int]] = {}
@@ -122,6 +123,7 @@ class configure:
         chosen = expand(choices)
         self._before = dict(_choices)
         _choices.update(chosen)
+        _note_choices()
 
     def __enter__(self) -> None:
         return None
@@ -131,6 +133,12 @@ class configure:
     ) -> None:
         _choices.clear()
         _choices.update(self._before)
+        _note_choices()
+
+
+def _note_choices() -> None:
+    global _any_chosen
+    _any_chosen = any(choice.backend != AUTO for choice in _choices.values())
 
 
 def expand(choices: Mapping[str, str]) -> dict[str, Choice]:
@@ -214,6 +222,12 @@ def instead() -> Callable[[str, tuple[Any, ...]], Any] | None:
 def put_instead(function: Callable[[str, tuple[Any, ...]], Any] | None) -> None:
     """From now on in this thread, `run` hands every operator's name and arguments to `function` (None: to nobody)."""
     _of_thread.instead = function
+
+
+def by_itself() -> bool:
+    """Whether every operator takes the backend that `auto` takes: none was chosen and, in this thread, nothing is put
+    instead. A layer's form that goes past the operators must ask."""
+    return not _any_chosen and _of_thread.instead is None
 
 
 def run(name: str, *arguments: Any) -> Any:

@@ -5,7 +5,8 @@ shared rope key. Two forms of the same function:
 
 - training and long prefill: the latent is expanded to keys and values of every head;
 - decode: the expansion is *absorbed* into query and output, so that all heads read the latent cache directly
-  (multi-query attention with key width C + R and value width C).
+  (multi-query attention with key width C + R and value width C); few tokens of a small model on a CPU go through
+  `few_queries`.
 
 The cache holds latents in the model's dtype, or in FP8 with the rope key in bfloat16 (`mla_paged_decode` has the
 layout). Leaves out sparse attention (a variant of its own).
@@ -28,6 +29,7 @@ from deepwright_core.model.branches import side_by_side
 from deepwright_core.model.cache import CacheBatch
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.correction import Correction
+from deepwright_core.model.few_rows import MOST_VALUES, AttentionForm, is_plain
 from deepwright_core.model.norm import RMSNorm
 from deepwright_core.model.rope import softmax_scale
 from deepwright_core.registry import ComponentConfig
@@ -41,6 +43,8 @@ from deepwright_kernels import (
 )
 from deepwright_kernels.mla_paged_decode.reference import SCALED_LATENTS, fp8_row_bytes, unpack_fp8_latents
 from deepwright_kernels.row_by_row import is_row_by_row
+
+from .few_queries import FewQueries
 
 # What absorbed decode multiplies by itself.
 EXPANSION = "kv_b.weight"
@@ -210,6 +214,15 @@ class LatentAttention(nn.Module):
         absorbed = x_BQD.shape[1] <= ABSORBED_QUERIES or is_row_by_row()  # then decoding and prefill have one form
         attend = self._attend_absorbed if absorbed else self._attend_expanded
         return self.o(attend(q_BQHK, rope, cache_NW, batch).flatten(2))
+
+    def few_rows_form(self) -> AttentionForm | None:
+        """For a decode step of few rows on a CPU (`deepwright_core.model.few_rows`), where the matrices are small."""
+        if self.q_lora or self.corrections or self.latent_dim % 2:
+            return None
+        if not all(map(is_plain, (self.q, self.kv_a, self.kv_b, self.o))):
+            return None
+        values = self.o.out_features * (self.heads * (self.cache_width + self.latent_dim) + self.cache_width)
+        return FewQueries(self) if values <= MOST_VALUES else None
 
 
 def build_mla(config: MLAConfig, model: ModelConfig, layer: int) -> LatentAttention:

@@ -2,6 +2,7 @@
 
 No token is dropped, there is no capacity. All experts run as two grouped matrix products over rows in expert order; the
 host reads nothing on the way. Where the experts are is a matter of the dispatch, which expert parallelism replaces.
+A decode step of a small mixture on a CPU goes through `few_tokens`.
 
 Shapes: B sequences, S tokens, T = B·S, D hidden, E experts, K experts per token, I expert width, R rows in expert
 order.
@@ -9,7 +10,7 @@ order.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from deepwright_core.model.branches import side_by_side
 from deepwright_core.model.config import ModelConfig
 from deepwright_core.model.correction import Correction
 from deepwright_core.model.feed_forward import Mixture, SwiGLU
+from deepwright_core.model.few_rows import MOST_VALUES, FeedForwardForm, is_plain
 from deepwright_core.model.record import ForwardRecord
 from deepwright_core.parallel.ranks import Ranks
 from deepwright_core.registry import ComponentConfig, ComponentOf, Registry
@@ -33,6 +35,7 @@ from deepwright_kernels import (
 
 from .balance import sequence_balance_loss
 from .dispatch import AllHere, Dispatch, OverRanks
+from .few_tokens import FewTokens
 from .routing import Routing
 
 # Blocks of 128 tokens, along which FP8 gradients are quantised, must not reach from one expert into the next.
@@ -165,6 +168,18 @@ class MixtureOfExperts(nn.Module):
         routing = self.router(x_TD)
         out_TD, load_E = self.dispatch(self.experts, x_TD, routing)
         return out_TD, routing, load_E
+
+    def few_rows_form(self) -> FeedForwardForm | None:
+        """For a decode step of few rows on a CPU (`deepwright_core.model.few_rows`), where the matrices are small."""
+        chooser = getattr(self.router, "few_rows_chooser", None)
+        corrected = self.experts.corrections or getattr(self.router, "corrections", None)
+        if chooser is None or corrected or type(self.dispatch) is not AllHere:
+            return None
+        layers = [] if self.shared is None else [self.shared.gate, self.shared.up, self.shared.down]
+        values = sum(weight.numel() for part in (self.experts, *layers) for weight in part.parameters())
+        if values > MOST_VALUES or not all(map(is_plain, layers)):
+            return None
+        return FewTokens(self, cast(Tensor, self.router.weight), chooser())
 
     def spread(self, ranks: Ranks) -> list[str]:
         """Keep this rank's share of the experts (weights unset). Returns the names of the stacks that became shares."""

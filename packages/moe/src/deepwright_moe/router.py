@@ -19,6 +19,7 @@ from deepwright_core.model.precision import WideBuffers
 from deepwright_core.registry import ComponentConfig
 from deepwright_kernels import route
 
+from .few_tokens import ChooseBest, Chooser
 from .routing import Routing, expert_logits
 
 
@@ -65,6 +66,20 @@ class BiasedTopKRouter(WideBuffers):
             scaling=config.scaling,
         )
         return Routing(choice.experts_TK, choice.weights_TK, choice.scores_TE)
+
+    def few_rows_chooser(self) -> Chooser:
+        """What `few_tokens` makes of the logits."""
+        config = self.config
+        return ChooseBest(
+            self.bias_E,
+            self.top_k,
+            scoring=config.scoring,
+            groups=config.groups,
+            top_groups=config.top_groups,
+            group_best=2,
+            normalise=config.normalise,
+            scaling=config.scaling,
+        )
 
     @torch.no_grad()
     def balance(self, load_E: Tensor) -> None:

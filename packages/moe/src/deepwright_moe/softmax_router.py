@@ -18,6 +18,7 @@ from deepwright_core.model.correction import Correction
 from deepwright_core.registry import ComponentConfig
 from deepwright_kernels import route
 
+from .few_tokens import ChooseBest, Chooser
 from .routing import Routing, expert_logits
 
 
@@ -59,6 +60,20 @@ class SoftmaxTopKRouter(nn.Module):
             scaling=config.scaling,
         )
         return Routing(choice.experts_TK, choice.weights_TK, choice.scores_TE)
+
+    def few_rows_chooser(self) -> Chooser:
+        """What `few_tokens` makes of the logits."""
+        config = self.config
+        return ChooseBest(
+            None,
+            self.top_k,
+            scoring="softmax",
+            groups=config.groups,
+            top_groups=config.top_groups,
+            group_best=1,
+            normalise=config.normalise,
+            scaling=config.scaling,
+        )
 
     def balance(self, load_E: Tensor) -> None:
         """Nothing: without a bias, the loss alone evens the load."""

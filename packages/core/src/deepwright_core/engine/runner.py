@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..model.cache import CacheBatch
+from ..model.few_rows import FewRows
 from .adapters import Adapters
 from .controls import Controls
 from .draw import Draw, Reader
@@ -175,6 +176,7 @@ class ModelRunner:
         self._graphs = Graphs(self.device) if graphs == "auto" and self.device.type == "cuda" else None
         self._row_sizes, self._width_sizes = row_sizes(max_batch), width_sizes(block_size, row_blocks)
         self._addresses = self._weight_addresses()
+        self._few_rows = self._few_rows_form()
         self._speculation: Speculation | None = None
         if modules and isinstance(model, DraftingModel):
             self._speculation = Speculation(
@@ -226,14 +228,21 @@ class ModelRunner:
     def weights_changed(self) -> None:
         """The model's parameters were written to; where they lie elsewhere than before, graphs are captured anew."""
         addresses = self._weight_addresses()
-        if addresses != self._addresses:
-            self.layers_changed()
+        if addresses != self._addresses and self._graphs is not None:
+            self._graphs.forget()
         self._addresses = addresses
+        self._few_rows = self._few_rows_form()
 
     def layers_changed(self) -> None:
         """The model does other work than before: graphs are captured anew."""
         if self._graphs is not None:
             self._graphs.forget()
+        self._few_rows = self._few_rows_form()
+
+    def _few_rows_form(self) -> FewRows | None:
+        """The model's form for a decode step on a CPU, if it has one."""
+        make = getattr(self.model, "few_rows_form", None)
+        return None if make is None else make()
 
     def _weight_addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.model.parameters()]
@@ -285,7 +294,7 @@ class ModelRunner:
         """One call of the model over the first `count` rows and their drafts: hidden states [B, Q, D]."""
         assert self._speculation is not None
         tokens_BQ, batch = self._speculation.queries(self._decoding(count, width))
-        return self._speculation.hidden_RQD[:count].copy_(self.model.extend(tokens_BQ, self._layer_cache, batch))
+        return self._speculation.hidden_RQD[:count].copy_(self._extend_decoding(tokens_BQ, batch))
 
     def _draft_rows(self, count: int, width: int) -> Tensor:
         """The next drafts of the first `count` rows [R, K]."""
@@ -316,7 +325,9 @@ class ModelRunner:
     def _logits(self, hidden: Tensor, count: int) -> Tensor:
         """Logits of states of the first `count` rows."""
         self._adapters.select(self._adapter_R[:count])
-        return self.model.logits(hidden)
+        few_rows = self._few_rows
+        model = self.model if few_rows is None or not few_rows.takes(len(hidden)) else few_rows
+        return model.logits(hidden)
 
     def _prompt_logits(self, hidden_ND: Tensor, sequence: Sequence) -> Tensor:
         """Logits of states of one sequence."""
@@ -338,7 +349,13 @@ class ModelRunner:
         block_B1 = blocks_BP.gather(1, position_B1 // self.block_size)
         slot_B1 = block_B1 * self.block_size + position_B1 % self.block_size
         batch = CacheBatch(position_B1, slot_B1, blocks_BP, length_B, self.block_size)
-        return self.model.extend(token_B[:, None], self._layer_cache, batch)[:, 0]
+        return self._extend_decoding(token_B[:, None], batch)[:, 0]
+
+    def _extend_decoding(self, tokens_BQ: Tensor, batch: CacheBatch) -> Tensor:
+        """Hidden states [B, Q, D] of decoding rows."""
+        few_rows = self._few_rows
+        model = self.model if few_rows is None or not few_rows.takes(tokens_BQ.numel()) else few_rows
+        return model.extend(tokens_BQ, self._layer_cache, batch)
 
     def _draw(self, sequences: list[Sequence], logits_XV: Tensor, position_BQ: Tensor, parcel: Parcel) -> Draw:
         """Draw a token for each position of each row; logits [B · Q, V]."""

@@ -18,6 +18,7 @@ from .attention import Attention, Rope, document_starts
 from .cache import CacheBatch
 from .config import ModelConfig
 from .feed_forward import FeedForward, SwiGLU
+from .few_rows import FewRows, few_rows_form
 from .norm import RMSNorm
 from .record import ForwardRecord
 from .rope import Rotary
@@ -187,6 +188,10 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Unnormalised log-probabilities over the vocabulary, float32, [..., D] -> [..., V]."""
         return self.head(hidden).float()
+
+    def few_rows_form(self) -> FewRows | None:
+        """`extend` and `logits` for few rows on a CPU, made of the weights as they are now; None elsewhere."""
+        return few_rows_form(self)
 
     def balance(self, loads: dict[int, Tensor]) -> None:
         """After an optimizer step: let each mixture correct its router from the load of the whole global batch."""

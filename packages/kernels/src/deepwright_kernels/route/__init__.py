@@ -13,6 +13,7 @@ from ..arguments import require, require_device, require_dtype, require_shape
 NAME = "route"
 SCORINGS = ("sigmoid", "softmax")
 MOST_CHOSEN = 64
+FEW_LOGITS = 1024
 LARGEST = 4096
 # Of the CUDA kernel, where eight lanes of a warp share a row and load four experts at a time.
 LANES, PIECES, LONGEST_ROW = 8, 32, 512
@@ -65,6 +66,11 @@ def _order(logits_TE: Tensor, *rest: Any) -> tuple[str, ...]:
     return "triton", "reference"
 
 
+def _elsewhere(logits_TE: Tensor, *_: object) -> tuple[str, ...]:
+    sorted_faster = logits_TE.numel() <= FEW_LOGITS  # packing keys takes calls, sorting few numbers does not
+    return ("reference",) if sorted_faster or logits_TE.dtype != torch.float32 else ("torch", "reference")
+
+
 dispatch.operator(
     NAME,
     {
@@ -74,7 +80,7 @@ dispatch.operator(
         "torch": f"{__name__}.packed_keys:route",
     },
     cuda=_order,
-    elsewhere=lambda logits_TE, *_: ("torch", "reference") if logits_TE.dtype == torch.float32 else ("reference",),
+    elsewhere=_elsewhere,
     needs={"cuda": _ungainly, "triton": _too_large, "torch": _not_float32},
 )
 
