@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from .mixture import MixtureOfExperts
 
 
+MOST_PRODUCTS = 1 << 25
+"""Multiplications of one call, beyond which those made in vain cost more than the calls saved: measured on one core
+with 8 experts of which 2 are chosen, where both forms are even at twice as many."""
+
+
 class Chooser(Protocol):
     """logits_TE -> what each expert's result counts for each token [T, E]; 0: not chosen."""
 
@@ -83,9 +88,12 @@ class FewTokens:
         hidden = len(self._out_XD)
         self._parts = [hidden, hidden, self._experts]
         self._choose = choose
+        self._mixture = mixture
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """The chosen experts' weighted sum, and the shared ones'."""
+        if len(x_TD) * (self._in_DX.numel() + self._out_XD.numel()) > MOST_PRODUCTS:
+            return self._mixture(x_TD[:, None], None)[:, 0]
         gate_TX, up_TX, logits_TE = torch.mm(x_TD, self._in_DX).split_with_sizes(self._parts, 1)
         weight_TE = self._choose(logits_TE)
         hidden_TX = F.silu(gate_TX).mul_(up_TX)
