@@ -14,7 +14,14 @@ import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 BLOCK = "DEEPWRIGHT_BLOCK"
-LONG = ("tests/e2e/", "tests/test_packaging.py", "tests/flows/", "tests/kernels/test_interpreter.py", "tests/browser/")
+LONG = (
+    "tests/e2e/",
+    "tests/test_packaging.py",
+    "tests/flows/",
+    "tests/kernels/test_interpreter.py",
+    "tests/browser/",
+    "tests/serve/",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -31,6 +33,10 @@ from deepwright_serve.limits import Limits
 from deepwright_serve.roster import Roster, Served
 from deepwright_serve.scheduling import EngineLike, EngineThread
 from deepwright_serve.service import Service
+
+# uvicorn asks itself ten times a second whether it shall end, and then waits a tenth of a second more. Hundreds of
+# servers end in these tests, and nothing else could use that time.
+uvicorn.server.asyncio = SimpleNamespace(**{**vars(asyncio), "sleep": lambda seconds: asyncio.sleep(seconds / 10)})
 
 WORDS = ["What is 17 + 25? The answer is 42.", "def add(a, b):\n    return a + b\n", "Ein Käse für Zoë, 你好 🙂"]
 
