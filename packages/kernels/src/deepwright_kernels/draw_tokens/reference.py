@@ -88,8 +88,9 @@ def draw_tokens(
 ) -> tuple[Tensor, Tensor]:
     """See the operator's docstring."""
     logits_BV = logits_BV.float()
-    best_B1 = logits_BV.argmax(-1, keepdim=True)
-    scaled_BV = logits_BV - logits_BV.gather(1, best_B1)  # first, so that no temperature is too small
+    # `max` along a dimension tells the first of equals, as `argmax` does, in two thirds of its time on a CPU.
+    largest_B1, best_B1 = logits_BV.max(-1, keepdim=True)
+    scaled_BV = logits_BV - largest_B1  # first, so that no temperature is too small
     if not any_random:
         return best_B1[:, 0], -scaled_BV.exp_().sum(-1, dtype=torch.float64).log()
 
@@ -101,6 +102,6 @@ def draw_tokens(
     total_B = scaled_BV.exp().sum(-1, dtype=torch.float64)
     # log E, with E = -log(1 - u)
     late_BV = uniform(seed_B, position_B, logits_BV.shape[-1]).neg_().log1p_().neg_().log_()
-    drawn_B1 = torch.sub(scaled_BV, late_BV, out=late_BV).argmax(-1, keepdim=True)
+    drawn_B1 = torch.sub(scaled_BV, late_BV, out=late_BV).max(-1, keepdim=True).indices
     token_B1 = torch.where(greedy_B[:, None], best_B1, drawn_B1)
     return token_B1[:, 0], scaled_BV.gather(1, token_B1)[:, 0].double() - total_B.log()
