@@ -14,7 +14,6 @@ position, V value width, C latent width, W = C + R, N cache slots, K keys, F = R
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +64,4 @@ class FewQueries:
             unseen = unseen.repeat_interleave(heads, 1)
         score_BXK = torch.baddbmm(unseen, query_BXW, rows_BKW.transpose(1, 2), alpha=self._scale)
         mixed_BXC = torch.bmm(score_BXK.softmax(2), rows_BKW[:, :, :latent])
-        out_TD = torch.mm(mixed_BXC.view(-1, heads * latent), self._out_XD)
-        # What a block holds beyond its sequence may be no number, which a weight of zero does not silence.
-        return out_TD if math.isfinite(out_TD.sum().item()) else self._otherwise(x_TD, cache_NW, shared)
+        return torch.mm(mixed_BXC.view(-1, heads * latent), self._out_XD)

@@ -4,8 +4,8 @@ Two products in place of an order, a permutation, grouped products and the way b
 experts anyhow, whose weights are then read once in either form; more multiplications cost less than more calls, as long
 as weights and tokens are few. The shared experts are further columns, of weight one, and so are the router's logits.
 
-Left out: corrections by adapters, experts on other ranks. An expert whose hidden values overflow float32 spoils tokens
-that did not choose it (zero times infinity is no number).
+Left out: corrections by adapters, experts on other ranks. Where an expert's hidden values overflow float32, so do the
+tokens that did not choose it (zero times infinity is no number); `FewRows` then lets the mixture itself do it.
 
 Shapes: T tokens, D hidden, E experts, K experts per token, I expert width, S width of the shared experts together,
 X = E * I + S.

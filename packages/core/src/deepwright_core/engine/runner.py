@@ -346,8 +346,9 @@ class ModelRunner:
         """One call of the model over the first `count` rows and `width` of their blocks: hidden states [B, D]."""
         token_B, length_B, blocks_BP = self._decoding(count, width)
         position_B1 = (length_B - 1)[:, None]
-        block_B1 = blocks_BP.gather(1, position_B1 // self.block_size)
-        slot_B1 = block_B1 * self.block_size + position_B1 % self.block_size
+        place_B1 = position_B1 // self.block_size
+        # block * size + position % size
+        slot_B1 = position_B1.add(blocks_BP.gather(1, place_B1) - place_B1, alpha=self.block_size)
         batch = CacheBatch(position_B1, slot_B1, blocks_BP, length_B, self.block_size)
         return self._extend_decoding(token_B[:, None], batch)[:, 0]
 

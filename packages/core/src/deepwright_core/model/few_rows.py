@@ -14,6 +14,7 @@ pairs, K = P * block_size keys of the longest sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,7 +66,7 @@ class Shared:
 
 
 AttentionForm = Callable[[Tensor, Tensor, Shared], Tensor]
-"""x_TD, cache_NW, shared -> out_TD; caches the new tokens."""
+"""x_TD, cache_NW, shared -> out_TD; caches the new tokens. May give no numbers where the layer's own form does."""
 FeedForwardForm = Callable[[Tensor], Tensor]
 """x_TD -> out_TD."""
 
@@ -134,6 +135,7 @@ class FewRows:
     """`extend` and `logits` of a model, for few rows."""
 
     def __init__(self, model: Transformer) -> None:
+        self._model = model
         self._embedding, self._rotary = model.embedding.weight.detach(), model.rotary
         self._layers = []
         for layer in model.layers:
@@ -143,7 +145,7 @@ class FewRows:
                 _Layer(norms[0], _attention_form(block.attention), norms[1], _feed_forward_form(block.ffn))
             )
         self._norm = FewRowsNorm(model.norm)
-        self._head, self._head_DV = model.logits, None
+        self._head_DV = None
         if is_plain(model.head) and model.head.weight.numel() <= MOST_VALUES:
             self._head_DV = transposed(model.head.weight)
 
@@ -154,17 +156,24 @@ class FewRows:
         return rows <= MOST_ROWS and by_itself() and not torch.is_autocast_enabled("cpu")
 
     def extend(self, tokens_BQ: Tensor, cache: list[Tensor], batch: CacheBatch) -> Tensor:
-        """As `Transformer.extend`."""
+        """As `Transformer.extend`.
+
+        Where that gives numbers the forms may not: a weight of zero does not silence what is none, in a block beyond
+        its sequence or in an expert that was not chosen. So the result is looked at, and then the model does it.
+        """
         shared = Shared(self._rotary(batch.positions_BQ), batch)
         x_TD = torch.embedding(self._embedding, tokens_BQ.flatten())
         for layer, cache_NW in zip(self._layers, cache, strict=True):
             x_TD.add_(layer.attention(layer.attention_norm(x_TD), cache_NW, shared))
             x_TD.add_(layer.ffn(layer.ffn_norm(x_TD)))
-        return self._norm(x_TD).view(*tokens_BQ.shape, -1)
+        hidden_TD = self._norm(x_TD)
+        if not math.isfinite(hidden_TD.sum().item()):
+            return self._model.extend(tokens_BQ, cache, batch)
+        return hidden_TD.view(*tokens_BQ.shape, -1)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """As `Transformer.logits`."""
-        return self._head(hidden_TD) if self._head_DV is None else torch.mm(hidden_TD, self._head_DV)
+        return self._model.logits(hidden_TD) if self._head_DV is None else torch.mm(hidden_TD, self._head_DV)
 
 
 @torch.no_grad()
