@@ -12,7 +12,7 @@ host needs to ask for it, which decides where it is more (a CUDA graph takes it 
 beyond its inputs. Gradients are included where the row says so.
 
 What is compiled at a first call is compiled beforehand, in as many processes as there are processors (16 at most), and
-the table then times one call after the other: about six minutes on a machine with one H200 and 16 processors, of which
+the table then times one call after the other: about five minutes on a machine with one H200 and 16 processors, of which
 torch.compile is most. Leaves out several GPUs.
 """
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(CASES), default=sorted(CASES), metavar="OPERATOR")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a while)")
     parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="leave these out: eager, liger, ...")
-    parser.add_argument("--seconds", type=float, default=0.2, help="time spent on each measurement")
+    parser.add_argument("--seconds", type=float, default=0.1, help="time spent on each measurement")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from deepwright_kernels import backend_for
+from deepwright_kernels import backend_for, draw_tokens
 
 from .case import BYTES, Case, Settings, applied, implementations
 
 # temperature, top_k, top_p
 KINDS = {"greedy": (0.0, 0, 1.0), "drawn": (1.0, 0, 1.0), "top_p": (1.0, 0, 0.95), "top_k and top_p": (1.0, 50, 0.95)}
+
+
+def _ours(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, any_random, any_truncated = arguments
+    return draw_tokens(*tensors, any_random=any_random, any_truncated=any_truncated)
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -29,6 +36,8 @@ def cases(settings: Settings) -> Iterator[Case]:
                 temperature > 0,
                 top_p < 1,
             )
-            runs = applied(implementations("draw_tokens", settings), *arguments)
+            # Inductor cannot compile the reference's sums in float64 (torch 2.11).
+            functions = implementations("draw_tokens", Settings(settings.device, settings.dtype, compiled=False))
+            runs = applied(functions | {"ours": _ours}, *arguments)
             moved, backend = logits.numel() * logits.element_size(), backend_for("draw_tokens", *arguments)
             yield Case("draw_tokens", f"{rows} x {vocabulary}, {kind}", runs, moved, BYTES, backend)

@@ -58,8 +58,8 @@ def prepare(operators: Sequence[str], without: Sequence[str], settings: Settings
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         running = {
             pool.submit(_call_all, operator, share, without, settings): operator
+            for operator in reversed(operators)  # those that compile longest (attention, routers) stand last
             for share in range(SHARES)
-            for operator in operators
         }
         for future in as_completed(running):
             operator = running[future]

@@ -45,6 +45,8 @@ def times(run: Run, device: str, seconds: float) -> Times:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     torch.cuda.synchronize()
     begin = time.perf_counter()
+    for _ in range(FLUSHES):
+        flush.zero_()
     run()
     torch.cuda.synchronize()
     count = max(5, min(MOST_RUNS, int(seconds / (time.perf_counter() - begin + 1e-9))))
