@@ -188,7 +188,8 @@ def test_after_a_warm_up_nothing_is_captured_for_drafts() -> None:
     engine = Engine(model(MLA, modules=1), 0, max_batch=4, cache_tokens=4096, speculate=1)
     engine.warm_up()
     captured = len(engine._runner._graphs._captured)
-    assert captured == 3 * 3 * 3  # rows 1, 2, 4; contexts of 1024, 2048, 4096; to verify, to draft greedily, at random
+    # Rows 1, 2, 4: to accept, and for contexts of 1024, 2048, 4096 to verify, to draft greedily, to draft at random.
+    assert captured == 3 + 3 * 3 * 3
     for params in (
         GREEDY,
         SamplingParams(max_tokens=9),

@@ -170,6 +170,7 @@ class ModelRunner:
             top_k_B=column(torch.int64),
             seed_B=column(torch.int64),
         )
+        self._repeated: SamplingRows | None = None  # `_sampling_R`, once for each token that a row draws in a step
         self._filled = 0  # rows from here on are padding: token 0, length 1, all blocks 0
         self._any_random = self._any_truncated = self._any_controlled = self._any_scored = False
         self._controls = Controls(model.config.vocab_size, self.device)
@@ -216,6 +217,9 @@ class ModelRunner:
             sample(logits_1V, first, length_1, any_random=any_random, any_truncated=any_truncated)
         longest = min(math.ceil(WARM_CONTEXT / self.block_size), self._width_sizes[-1])
         widths = [width for width in self._width_sizes if width <= padded(longest, self._width_sizes)]
+        if self._speculation is not None:
+            for rows in self._row_sizes:
+                self._captured("accept", rows, 1, self._accept_in_rows)
         for width in reversed(widths):  # what needs most memory comes first, the others find it there
             for rows in reversed(self._row_sizes):
                 if self._speculation is None:
@@ -277,7 +281,8 @@ class ModelRunner:
         length_B = self._length_R[:count]
         logits_XV = self._logits(speculation.hidden_RQD[:count].flatten(0, 1), count)
         draw = self._draw(plan.rows, logits_XV, speculation.positions(length_B), parcel)
-        accepted_B = speculation.accept(draw.token_BQ, length_B)
+        speculation.drawn_RQ[:count] = draw.token_BQ
+        accepted_B = self._captured("accept", count, 1, self._accept_in_rows)[:count]
         draw.accept(accepted_B)
         parcel.send()  # the host need not wait for the drafts
         self._captured(self._drafting, count, max(len(sequence.blocks) for sequence in plan.rows), self._draft_rows)
@@ -295,6 +300,11 @@ class ModelRunner:
         assert self._speculation is not None
         tokens_BQ, batch = self._speculation.queries(self._decoding(count, width))
         return self._speculation.hidden_RQD[:count].copy_(self._extend_decoding(tokens_BQ, batch))
+
+    def _accept_in_rows(self, count: int, width: int) -> Tensor:
+        """How many drafts of each of the first `count` rows are accepted [B], of whatever width their tables are."""
+        assert self._speculation is not None
+        return self._speculation.accept(self._length_R[:count])
 
     def _draft_rows(self, count: int, width: int) -> Tensor:
         """The next drafts of the first `count` rows [R, K]."""
@@ -362,10 +372,11 @@ class ModelRunner:
         """Draw a token for each position of each row; logits [B · Q, V]."""
         count, queries = position_BQ.shape
         controls = self._controls.of(sequences) if self._any_controlled else None
-        rows = self._sampling_R.first(count)
+        if self._repeated is None or len(self._repeated.seed_B) != count * queries:
+            self._repeated = self._sampling_R.first(count).repeated(queries)
         token_X, logprob_X = sample(
             logits_XV if controls is None else controls.adjust(logits_XV, queries),
-            rows if queries == 1 else rows.repeated(queries),
+            self._repeated,
             position_BQ.flatten(),
             any_random=self._any_random,
             any_truncated=self._any_truncated,
@@ -451,6 +462,7 @@ class ModelRunner:
                 column[to] = column[of]
             for row, _ in moved:
                 plan.decode[row].row = row
+            self._repeated = None
         self._clear(len(plan.decode))
         if plan.grown:
             new = [(s.row, place, s.blocks[place]) for s, first in plan.grown for place in range(first, len(s.blocks))]
@@ -495,6 +507,7 @@ class ModelRunner:
         params = [sequence.params for sequence in joined]
         self._blocks_RP[span] = self._tensor(blocks_BP)
         self._length_R[span] = self._tensor([len(sequence) for sequence in joined])
+        self._repeated = None
         sampling = self._sampling_R
         sampling.temperature_B[span] = self._tensor([p.temperature for p in params], np.float32)
         sampling.top_p_B[span] = self._tensor([p.top_p for p in params], np.float32)

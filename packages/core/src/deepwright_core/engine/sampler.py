@@ -42,6 +42,8 @@ class SamplingRows:
 
     def repeated(self, times: int) -> SamplingRows:
         """Each row `times` times, one after the other."""
+        if times == 1:
+            return self
         return SamplingRows(*(column.repeat_interleave(times) for column in self.columns()))
 
 

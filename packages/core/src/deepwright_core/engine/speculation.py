@@ -127,7 +127,7 @@ class Speculation:
         self.hidden_RQD = torch.zeros(rows, drafts + 1, hidden_size, dtype=dtype, device=device)
         # At m: the hidden of module m at the last position that it has an entry for, which module m + 1 needs next.
         self.carried_RMD = torch.zeros(rows, len(cache) - 1, hidden_size, dtype=dtype, device=device)
-        # What was last drawn in each row, and how many drafts it accepted.
+        # What was last drawn in each row from `hidden_RQD`, and how many drafts that accepts.
         self.drawn_RQ = torch.zeros(rows, drafts + 1, dtype=torch.int64, device=device)
         self.accepted_R = torch.zeros(rows, dtype=torch.int64, device=device)
         self._offset_Q = torch.arange(drafts + 1, device=device)
@@ -172,15 +172,13 @@ class Speculation:
         """Positions of the tokens that are drawn from `hidden_RQD` [B, Q]."""
         return length_B[:, None] + self._offset_Q
 
-    def accept(self, drawn_BQ: Tensor, length_B: Tensor) -> Tensor:
-        """Note the tokens that were drawn from `hidden_RQD`; how many drafts of each row are, one after the other, what
-        was drawn at their places: [B]. That many tokens, and one more, are the row's new ones."""
-        count = len(drawn_BQ)
-        same_BK = drawn_BQ[:, :-1] == self.draft_RK[:count]
+    def accept(self, length_B: Tensor) -> Tensor:
+        """How many drafts of each row are, one after the other, what was drawn at their places (`drawn_RQ`): [B]. That
+        many tokens, and one more, are the row's new ones."""
+        count = len(length_B)
+        same_BK = self.drawn_RQ[:count, :-1] == self.draft_RK[:count]
         same_BK &= self._offset_Q[:-1] < self._usable(length_B)[:, None]
-        self.drawn_RQ[:count] = drawn_BQ
-        self.accepted_R.zero_()  # rows that pad a graph accept nothing
-        self.accepted_R[:count] = same_BK.long().cumprod(1).sum(1)
+        self.accepted_R[:count] = same_BK.cumprod(1).sum(1)
         return self.accepted_R[:count]
 
     def _usable(self, length_B: Tensor) -> Tensor:
