@@ -105,6 +105,8 @@ def promote(wish: Wish, plugins: Plugins, display: Display) -> Promotion:
     problems = _problems(wish, found, asked.root)
     client = mlflow_tracker.client_at(asked.root, asked.tracking.uri) if found.name else None
     display.stage("promote")
+    if wish.admin_key_file and not wish.server:
+        raise RequestError("--admin-key-file is a server's operator's key; name the server with --server as well.")
     candidate = f"{found.name} version {found.version}" if found.name else str(found.directory)
     place: Place
     place = _Running(wish, found) if wish.server else _Children(wish, asked, found)
@@ -229,7 +231,7 @@ class _Children:
 
     def __init__(self, wish: Wish, asked: request.Request, found: Source) -> None:
         self._wish = wish
-        self._options = ["--precision", str(asked.sections["precision"]), "--threads", str(asked.sections["threads"])]
+        self._options = child.model_options(asked.sections["precision"], asked.sections["threads"])
         self._directories = {"candidate": found.directory}
         self._candidate = found
         self.live = ""

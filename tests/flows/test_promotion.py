@@ -249,7 +249,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("deepwright/2", {"admin_key_file": ""}, "give its operator's key with --admin-key-file"),
     ("deepwright/2", {"admin_key_file": "no/such/file"}, "cannot be read"),
     ("deepwright/2", {"problems_file": "no/such/file"}, "does not exist"),
-    ("deepwright/1", {"server": ""}, "version 1 is the champion already"),
+    ("deepwright/1", {"server": "", "admin_key_file": ""}, "version 1 is the champion already"),
+    ("deepwright/2", {"server": ""}, "name the server with --server as well"),
     ("deepwright/2", {"name": "another"}, "there is deepwright: name the one to replace"),
 ]
 

@@ -123,7 +123,7 @@ class ScriptedEngine:
             return []
         if self.fail:
             self.fail -= 1
-            raise RuntimeError("the accelerator is on fire")
+            raise RuntimeError("The accelerator is on fire.")
         events = []
         for number, tokens in list(self.running.items()):
             token = tokens.pop(0)

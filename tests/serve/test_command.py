@@ -149,3 +149,10 @@ def test_the_server_ends_with_the_process_that_started_it(model_directory: Path,
 def test_a_server_that_cannot_start_tells_why(tmp_path: Path) -> None:
     with pytest.raises(WorkError, match=r"status 2 .*\n.*does not exist"):
         child.start(tmp_path / "nowhere", tmp_path / "logs", [], port=0, keep=False, limit=60)
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp8"])
+def test_a_server_takes_each_precision_of_training(precision: str) -> None:
+    options = child.model_options(precision, 2)
+    taken = command.serve_command.make_context("serve", ["model", *options]).params
+    assert taken["precision"] == ("bf16" if precision == "fp8" else precision) and taken["threads"] == 2

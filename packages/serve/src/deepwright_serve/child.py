@@ -48,6 +48,12 @@ class ServerProcess:
             return self.process.wait()
 
 
+def model_options(precision: str, threads: int) -> list[str]:
+    """The server's options for a model that was trained so. fp8 is a form of training's products: its weights are those
+    of bf16."""
+    return ["--precision", "bf16" if precision == "fp8" else precision, "--threads", str(threads)]
+
+
 def start(
     model: Path, directory: Path, options: Sequence[str], *, port: int, keep: bool, limit: float
 ) -> ServerProcess:
@@ -77,7 +83,7 @@ def start(
                 raise WorkError(f"The server ended with status {process.returncode} before it was ready:\n{tail(log)}")
             if address_file.exists():
                 server.address = json.loads(address_file.read_text())["address"]
-                if httpx.get(f"{server.address}/ready", timeout=10).status_code == 200:
+                if httpx.get(f"{server.address}/ready", timeout=10, trust_env=False).status_code == 200:
                     return server
             time.sleep(0.05)
         raise WorkError(f"The server was not ready within {limit:g} s:\n{tail(log)}")

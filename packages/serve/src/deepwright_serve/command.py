@@ -187,12 +187,14 @@ class GracefulServer(uvicorn.Server):
 
     def _reload_keys(self) -> None:
         for keys in (self._service.door.keys, self._service.door.operator):
+            if keys is None:
+                continue
             try:
-                if keys is not None:
-                    keys.reload()
+                keys.reload()
             except RequestError as error:
                 log.error("The keys are those of before: %s", error)
-        log.info("The key files were read again.")
+            else:
+                log.info("A key file was read again.")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let what runs finish within the limit; then tell it that it was cut off."""
@@ -302,10 +304,28 @@ def named_adapters(given: Sequence[str], name: str) -> dict[str, Path]:
     help="Let the operator load models from below this directory while the server runs. Repeatable.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"]))
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    help="Of the weights; auto: bf16 on a GPU, fp32 elsewhere.",
+)
 @click.option("--threads", default=0, type=click.IntRange(0), help="CPU threads of the model (0: all cores).")
-@click.option("--cache-tokens", default=CACHE_TOKENS, show_default=True, type=click.IntRange(64))
-@click.option("--cache-dtype", default="auto", show_default=True, type=click.Choice(get_args(CacheDtype)))
+@click.option(
+    "--cache-tokens",
+    default=CACHE_TOKENS,
+    show_default=True,
+    type=click.IntRange(64),
+    help="Tokens that the cache holds, of all prompts and answers together (of each replica).",
+)
+@click.option(
+    "--cache-dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(get_args(CacheDtype)),
+    help="auto: the weights'; fp8: the latents of latent attention in FP8, near the same answers in fewer bytes.",
+)
 @click.option(
     "--replicas",
     default=1,

@@ -39,5 +39,8 @@ def take_limits(options: dict[str, Any]) -> Limits:
     try:
         return Limits(**values)
     except ValidationError as error:
-        wrong = [(_name(str(item["loc"][0])).replace("_", "-"), item) for item in error.errors()]
-        raise RequestError([f"--{option} is {item['input']}; {item['msg']}." for option, item in wrong]) from None
+        problems = []
+        for item in error.errors():
+            option, expected = _name(str(item["loc"][0])).replace("_", "-"), item["msg"]
+            problems.append(f"--{option} is {item['input']}; {expected[0].lower()}{expected[1:]}.")
+        raise RequestError(problems) from None

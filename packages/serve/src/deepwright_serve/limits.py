@@ -39,7 +39,9 @@ class Limits(BaseModel):
     output_tokens: int | None = Field(
         default=None, ge=1, description="most tokens of one answer (default: as for prompts)"
     )
-    default_output_tokens: int = Field(default=1024, ge=1, description="max_tokens where a request has none")
+    default_output_tokens: int = Field(
+        default=1024, ge=1, description="most tokens of an answer, where no max_tokens is given"
+    )
     running: int = Field(default=64, ge=1, le=4096, description="answers generated at the same time")
     waiting: int = Field(default=256, ge=0, le=65536, description="answers that may wait; more are refused with 429")
     queue_seconds: float = Field(default=120.0, gt=0, description="longest time that an answer waits for its turn")

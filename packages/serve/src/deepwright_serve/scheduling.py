@@ -217,7 +217,7 @@ class EngineThread:
             except Exception as error:
                 log.exception("an engine step failed")
                 failures += 1
-                self._fail_all(f"{type(error).__name__}: {error}", lost=failures >= FAILURES_IN_A_ROW)
+                self._fail_all(f"{type(error).__name__}: {error}".removesuffix("."), lost=failures >= FAILURES_IN_A_ROW)
                 continue
             items: list[Parcel] = []
             for event in events:

@@ -58,7 +58,7 @@ def run(sections: Mapping[str, Any], context: StageContext) -> StageResult:
         raise RequestError(f"{held_out} holds no problem; have the prepare stage make more test problems.")
     options = ["--name", config.model_name, "--cache-tokens", str(config.cache_tokens)]
     options += ["--cache-dtype", config.cache_dtype, "--speculate", str(config.speculate)]
-    options += ["--precision", str(sections["precision"]), "--threads", str(sections["threads"])]
+    options += child.model_options(sections["precision"], sections["threads"])
     context.progress.start("starting the server", 1)
     server = child.start(
         context.inputs["rl_model"],
