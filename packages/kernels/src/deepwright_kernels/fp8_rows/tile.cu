@@ -9,6 +9,9 @@
 //
 // With SWIGLU the tile is computed first, three times over: the gradients of gate and up, and the hidden values (of which
 // only the columns are wanted), from gate, up and the hidden gradient, rounded to bf16 as separate operators would do.
+// There a block takes one tile after the other, and a thread asks for what it needs of the next tile as soon as it holds its
+// values of this one. They arrive in places of shared memory that are its own, so nobody waits for anybody, and memory is
+// read while this tile is computed and written.
 //
 // Defines: SWIGLU, ROWS (whether rows are wanted as well), POWER_OF_TWO (round scales up to powers of two), BLOCKS (how
 // many blocks share a multiprocessor).
@@ -23,8 +26,13 @@ typedef long long i64;
 #define TILE 128
 
 struct Shared {
-    uint2 values[TILE][TILE / 8];  // a row of the transpose: 16 words of 8 tokens
-    uint4 largest[THREADS / 32][TILE / 8];
+#if SWIGLU
+    uint4 ahead[3][8][THREADS];  // 8 columns of each of a thread's tokens, of the next tile
+#endif
+    union {
+        uint2 values[TILE][TILE / 8];  // a row of the transpose: 16 words of 8 tokens
+        uint4 largest[THREADS / 32][TILE / 8];
+    };
     float inverse[TILE];
 };
 
@@ -108,6 +116,9 @@ __device__ void store_columns(
 ) {
     int thread = threadIdx.x, group = thread % 16, octet = thread / 16;
     u32 largest[4];
+#if SWIGLU
+    __syncthreads();  // what is written below was read as another transpose before
+#endif
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         largest[j] = absolute(x[0][j]);
@@ -149,22 +160,26 @@ __device__ void store_columns(
     }
 }
 
-__device__ void load(u32 (&x)[8][4], const u16 *from, int stride, int first_token, int first_column, int tokens, int columns) {
-    int token = first_token + threadIdx.x / 16 * 8, column = first_column + threadIdx.x % 16 * 8;
-#pragma unroll
-    for (int p = 0; p < 8; ++p) {
-        uint4 words = make_uint4(0, 0, 0, 0);
-        asm volatile(
-            "{.reg .pred inside;\n"
-            "setp.ne.u32 inside, %5, 0;\n"
-            "@inside ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}\n"
-            : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
-            : "l"(from + (i64)(token + p) * stride + column), "r"((u32)(token + p < tokens && column < columns)));
-        x[p][0] = words.x, x[p][1] = words.y, x[p][2] = words.z, x[p][3] = words.w;
-    }
+#if SWIGLU
+
+// A thread's place in a tile of a matrix: its first token and column.
+struct Place {
+    int token, column;
+};
+
+__device__ Place place(int tile, int across) {
+    return {tile / across * TILE + (int)threadIdx.x / 16 * 8, tile % across * TILE + (int)threadIdx.x % 16 * 8};
 }
 
-#if SWIGLU
+// Ask for 8 columns of a token; zeros outside the matrix.
+__device__ void fetch(uint4 *to, const u16 *from, int stride, int token, int column, int tokens, int columns) {
+    bool inside = token < tokens && column < columns;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"((u32)__cvta_generic_to_shared(to)),
+                 "l"(inside ? from + (i64)token * stride + column : from), "r"(inside ? 16 : 0)
+                 : "memory");
+}
+
+__device__ void arrived() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
 
 __device__ u32 rounded(float first, float second) {
     u32 result;
@@ -194,36 +209,66 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8_tile(
     int gate_up_stride, int rows_stride, int row_scales_stride, int columns_stride, int column_scales_stride,
     int hidden_scales_stride
 ) {
-    __shared__ Shared shared;
-    int across = hidden / TILE;
-    int first_token = blockIdx.x / across * TILE, first = blockIdx.x % across * TILE;
-    u32 grad_gate[8][4], grad_up[8][4], h[8][4];  // at first grad, gate and up
-    load(grad_up, gate_up_TJ, gate_up_stride, first_token, first, tokens, hidden);
-    load(h, gate_up_TJ + hidden, gate_up_stride, first_token, first, tokens, hidden);
-    load(grad_gate, grad_TI, grad_stride, first_token, first, tokens, hidden);
-#pragma unroll
-    for (int p = 0; p < 8; ++p)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            float a[2] = {low(grad_gate[p][j]), high(grad_gate[p][j])};
-            float b[2] = {low(grad_up[p][j]), high(grad_up[p][j])};
-            float c[2] = {low(h[p][j]), high(h[p][j])};
-#pragma unroll
-            for (int i = 0; i < 2; ++i) differentiate(a[i], b[i], c[i]);
-            grad_gate[p][j] = rounded(a[0], a[1]);
-            grad_up[p][j] = rounded(b[0], b[1]);
-            h[p][j] = rounded(c[0], c[1]);
-        }
+    extern __shared__ uint4 memory[];
+    Shared &shared = *(Shared *)memory;
+    int across = hidden / TILE, tiles = across * ((tokens + TILE - 1) / TILE);
     Target to_rows = {rows, row_scales, rows_stride, row_scales_stride};
     Target to_columns = {columns_, column_scales, columns_stride, column_scales_stride};
-    store_columns(h, {hidden_columns, hidden_scales, columns_stride, hidden_scales_stride}, first_token, first, hidden, shared);
-    store_rows(grad_up, to_rows, first_token, hidden + first, tokens);
-    store_columns(grad_up, to_columns, first_token, hidden + first, 2 * hidden, shared);
-    store_rows(grad_gate, to_rows, first_token, first, tokens);
-    store_columns(grad_gate, to_columns, first_token, first, 2 * hidden, shared);
+    Target to_hidden = {hidden_columns, hidden_scales, columns_stride, hidden_scales_stride};
+    auto fetch_all = [&](Place at, int p) {
+        fetch(&shared.ahead[0][p][threadIdx.x], grad_TI, grad_stride, at.token + p, at.column, tokens, hidden);
+        fetch(&shared.ahead[1][p][threadIdx.x], gate_up_TJ, gate_up_stride, at.token + p, at.column, tokens, hidden);
+        fetch(&shared.ahead[2][p][threadIdx.x], gate_up_TJ + hidden, gate_up_stride, at.token + p, at.column, tokens, hidden);
+    };
+    for (int p = 0; p < 8; ++p) fetch_all(place(blockIdx.x, across), p);
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        int first_token = tile / across * TILE, first = tile % across * TILE;
+        bool more = tile + gridDim.x < tiles;
+        Place next = place(tile + gridDim.x, across);
+        u32 grad_gate[8][4], grad_up[8][4], h[8][4];
+        arrived();
+#pragma unroll
+        for (int p = 0; p < 8; ++p) {
+            uint4 grads = shared.ahead[0][p][threadIdx.x], gates = shared.ahead[1][p][threadIdx.x];
+            uint4 ups = shared.ahead[2][p][threadIdx.x];
+            const u32 *pairs[3] = {&grads.x, &gates.x, &ups.x};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float a[2] = {low(pairs[0][j]), high(pairs[0][j])};
+                float b[2] = {low(pairs[1][j]), high(pairs[1][j])};
+                float c[2] = {low(pairs[2][j]), high(pairs[2][j])};
+#pragma unroll
+                for (int i = 0; i < 2; ++i) differentiate(a[i], b[i], c[i]);
+                grad_gate[p][j] = rounded(a[0], a[1]);
+                grad_up[p][j] = rounded(b[0], b[1]);
+                h[p][j] = rounded(c[0], c[1]);
+            }
+            if (more) fetch_all(next, p);
+        }
+        store_columns(h, to_hidden, first_token, first, hidden, shared);
+        store_rows(grad_up, to_rows, first_token, hidden + first, tokens);
+        store_columns(grad_up, to_columns, first_token, hidden + first, 2 * hidden, shared);
+        store_rows(grad_gate, to_rows, first_token, first, tokens);
+        store_columns(grad_gate, to_columns, first_token, first, 2 * hidden, shared);
+    }
 }
 
 #else
+
+__device__ void load(u32 (&x)[8][4], const u16 *from, int stride, int first_token, int first_column, int tokens, int columns) {
+    int token = first_token + threadIdx.x / 16 * 8, column = first_column + threadIdx.x % 16 * 8;
+#pragma unroll
+    for (int p = 0; p < 8; ++p) {
+        uint4 words = make_uint4(0, 0, 0, 0);
+        asm volatile(
+            "{.reg .pred inside;\n"
+            "setp.ne.u32 inside, %5, 0;\n"
+            "@inside ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}\n"
+            : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+            : "l"(from + (i64)(token + p) * stride + column), "r"((u32)(token + p < tokens && column < columns)));
+        x[p][0] = words.x, x[p][1] = words.y, x[p][2] = words.z, x[p][3] = words.w;
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8_tile(
     const u16 *x_TK, unsigned char *rows, float *row_scales, unsigned char *columns_, float *column_scales, int tokens,

@@ -13,6 +13,8 @@ from ..fp8_layout import BLOCK, blocks, empty_rows
 from ..fp8_rows.hopper import SOURCE, THREADS, aligned
 
 BLOCKS = 2  # on a multiprocessor
+# Three tiles of bf16 fetched ahead, one transposed in FP8, and a scale for each of its columns.
+SHARED_BYTES = 3 * BLOCK * BLOCK * 2 + BLOCK * BLOCK + 4 * BLOCK
 
 
 def _empty(gate_up_TJ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -31,8 +33,9 @@ def _launch_backward(
     rows, row_scales, columns, column_scales, _, hidden_scales = outputs
     tokens, hidden = grad_TI.shape
     defines = {"SWIGLU": 1, "ROWS": 1, "POWER_OF_TWO": int(power_of_two_scales), "BLOCKS": BLOCKS}
-    kernel(SOURCE, "fp8_tile", defines, 0, grad_TI.device).launch(
-        (blocks(tokens) * (hidden // BLOCK), 1, 1),
+    processors = torch.cuda.get_device_properties(grad_TI.device).multi_processor_count
+    kernel(SOURCE, "fp8_tile", defines, SHARED_BYTES, grad_TI.device).launch(
+        (min(blocks(tokens) * (hidden // BLOCK), BLOCKS * processors), 1, 1),
         (THREADS, 1, 1),
         grad_TI,
         gate_up_TJ,
