@@ -23,7 +23,7 @@ from .roster import Served
 from .sampling import answer_length, sampling_params
 from .scores import chat_logprobs, prompt_logprobs
 from .service import Service
-from .streaming import EventStream
+from .streaming import EventStream, Frame
 from .structured import form_of
 from .thinking import thinking_control
 
@@ -98,21 +98,16 @@ def _message(answer: Answer) -> AnswerMessage:
 
 async def _chunks(
     generation: Generation, head: dict[str, Any], request: ChatRequest, tokenizer: Tokenizer
-) -> AsyncIterator[str]:
-    """The events of a streamed chat completion, as JSON; an empty string when nothing came for a while."""
+) -> AsyncIterator[bytes]:
+    """The events of a streamed chat completion, as JSON; empty when nothing came for a while."""
     # Plain dicts in the form of `ChatChunk`: building models for every token would cost more than decoding it.
-    frame = ChatChunk(**head, choices=[]).model_dump(mode="json", exclude={"usage"})
+    frame = Frame(ChatChunk(**head, choices=[]).model_dump(mode="json", exclude={"choices", "usage"}))
     usage = request.usage_in_stream
 
-    def chunk(choices: Sequence[dict[str, Any]]) -> str:
-        match usage:
-            case "never":
-                return EventStream.dump({**frame, "choices": choices})
-            case "last":
-                return EventStream.dump({**frame, "choices": choices, "usage": None})
-            case "always":
-                used = generation.usage().model_dump(mode="json")
-                return EventStream.dump({**frame, "choices": choices, "usage": used})
+    def chunk(choices: Sequence[dict[str, Any]]) -> bytes:
+        if usage == "never":
+            return frame.chunk(choices)
+        return frame.chunk_with(choices, generation.usage() if usage == "always" else None)
 
     opening = {"role": "assistant", "content": ""}
     yield chunk([_choice(Update(n, Delta()), opening) for n in range(len(generation.answers))])
@@ -125,9 +120,9 @@ async def _chunks(
             if (added := _added(update.delta)) or logprobs or update.finish_reason:
                 choices.append(_choice(update, added, logprobs))
         if choices or not updates:
-            yield chunk(choices) if choices else ""
+            yield chunk(choices) if choices else b""
     if usage != "never":
-        yield EventStream.dump({**frame, "choices": [], "usage": generation.usage().model_dump(mode="json")})
+        yield frame.chunk_with([], generation.usage())
 
 
 def _choice(update: Update, added: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:

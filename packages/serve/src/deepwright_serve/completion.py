@@ -19,13 +19,13 @@ from deepwright_core.tokenizer import Tokenizer
 
 from .answer import Continuation, Delta
 from .generation import Generation, finish
-from .protocol import ChatFinishReason, CompletionReply, CompletionRequest, FinishReason, TextChoice
+from .protocol import ChatFinishReason, CompletionReply, CompletionRequest, FinishReason
 from .refusal import Refusal
 from .roster import Served
 from .sampling import answer_length, sampling_params
 from .scores import echoed_logprobs, prompt_logprobs, text_logprobs
 from .service import Service
-from .streaming import EventStream
+from .streaming import EventStream, Frame
 from .structured import form_of
 
 
@@ -108,8 +108,8 @@ class Writer:
         self._prompts = prompts
         self._begun: set[int] = set()
 
-    def choice(self, index: int, delta: Delta, reason: ChatFinishReason | None) -> TextChoice:
-        """What came for one continuation since its last part."""
+    def choice(self, index: int, delta: Delta, reason: ChatFinishReason | None) -> dict[str, Any]:
+        """What came for one continuation since its last part, in the form of `TextChoice`."""
         request = self.request
         scores = self.generation.prompt_scores.get(index)
         echoed = self._echoed(index) if request.echo else ""
@@ -124,33 +124,36 @@ class Writer:
             if request.echo and first:
                 before = echoed_logprobs(self._tokenizer, self._prompts[index], scores or ())
             logprobs = text_logprobs(self._tokenizer, delta.scores, start=len(echoed), prompt=before)
-        return TextChoice(
-            index=index,
-            text=(echoed if first else "") + delta.content,
-            finish_reason=ended,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs(self._tokenizer, scores)
+        return {
+            "index": index,
+            "text": (echoed if first else "") + delta.content,
+            "finish_reason": ended,
+            "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs(self._tokenizer, scores)
             if request.prompt_logprobs is not None and scores is not None
             else None,
-        )
+        }
 
     def _echoed(self, index: int) -> str:
         prompt = self.request.prompts[index // self.request.choices]
         return prompt if isinstance(prompt, str) else Continuation.of(self._tokenizer, prompt).content
 
 
-async def _chunks(writer: Writer, head: dict[str, Any]) -> AsyncIterator[str]:
-    """The events of a streamed completion, as JSON; an empty string when nothing came for a while."""
+async def _chunks(writer: Writer, head: dict[str, Any]) -> AsyncIterator[bytes]:
+    """The events of a streamed completion, as JSON; empty when nothing came for a while."""
     generation, usage = writer.generation, writer.request.usage_in_stream
+    frame = Frame(CompletionReply(**head, choices=[], usage=None).model_dump(mode="json", exclude={"choices", "usage"}))
     async for updates in generation.updates(beat=EventStream.BEAT):
         choices = [
             writer.choice(update.index, update.delta, update.finish_reason)
             for update in updates
             if update.delta or update.finish_reason
         ]
-        if choices or not updates:
-            used = generation.usage() if usage == "always" else None
-            chunk = CompletionReply(**head, choices=choices, usage=used)
-            yield chunk.model_dump_json(exclude={"usage"} if usage == "never" else None) if choices else ""
+        if not updates:
+            yield b""
+        elif choices and usage == "never":
+            yield frame.chunk(choices)
+        elif choices:
+            yield frame.chunk_with(choices, generation.usage() if usage == "always" else None)
     if usage != "never":
-        yield CompletionReply(**head, choices=[], usage=generation.usage()).model_dump_json()
+        yield frame.chunk_with([], generation.usage())

@@ -18,6 +18,7 @@ from starlette.types import Receive
 from deepwright_core.engine import SamplingParams, TokenEvent, TokenScore
 
 from .answer import Answer, Delta
+from .arrivals import Arrivals
 from .limits import Limits
 from .protocol import ChatFinishReason, Prices, Usage
 from .record import ABORTED, FAILED, RequestRecord
@@ -28,13 +29,17 @@ from .scheduling import Ticket
 Result = TypeVar("Result")
 
 
-@dataclass
+@dataclass(slots=True)
 class Update:
     """What came since the last update for one answer."""
 
     index: int
     delta: Delta
     finish_reason: ChatFinishReason | None = None
+
+    def then(self, later: Update) -> Update:
+        """Both in one piece."""
+        return Update(self.index, self.delta + later.delta, later.finish_reason or self.finish_reason)
 
 
 class Generation:
@@ -54,7 +59,7 @@ class Generation:
         self._model = served.name
         self.answers = answers
         self._prices = prices
-        self._queue: asyncio.Queue[tuple[int, TokenEvent | Refusal]] = asyncio.Queue()
+        self._arrivals: Arrivals[tuple[int, TokenEvent | Refusal]] = Arrivals()
         self._tickets = [
             Ticket(prompt, sampling, self._sink(index), record.tenant.salt, served.adapter)
             for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True))
@@ -73,7 +78,7 @@ class Generation:
                 self.record.token(index, item)
                 if item.finish_reason is not None:
                     self.record.finished(index, item.finish_reason)
-            self._queue.put_nowait((index, item))
+            self._arrivals.put((index, item))
 
         return take
 
@@ -91,6 +96,7 @@ class Generation:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._arrivals.close()
         for index, ticket in enumerate(self._tickets):
             self._thread.cancel(ticket)
             self.record.finished(index, ABORTED)
@@ -99,43 +105,36 @@ class Generation:
     async def updates(self, beat: float | None = None) -> AsyncIterator[list[Update]]:
         """Updates until every answer is finished; an empty list after `beat` seconds in which nothing came."""
         while self._unfinished:
-            try:
-                async with asyncio.timeout(beat):
-                    items = [await self._queue.get()]
-            except TimeoutError:
-                yield []
-                continue
             # A reader that fell behind gets everything in one piece.
-            while not self._queue.empty():
-                items.append(self._queue.get_nowait())
             merged: dict[int, Update] = {}
-            for index, item in items:
+            for index, item in await self._arrivals.take(beat):
                 if isinstance(item, Refusal):
                     raise item
-                update = merged.setdefault(index, Update(index, Delta()))
-                self._take(update, item)
+                update = self._take(index, item)
+                merged[index] = merged[index].then(update) if index in merged else update
             yield list(merged.values())
 
-    def _take(self, update: Update, event: TokenEvent) -> None:
-        answer = self.answers[update.index]
-        if update.index not in self._unfinished:
-            return
+    def _take(self, index: int, event: TokenEvent) -> Update:
+        answer = self.answers[index]
+        if index not in self._unfinished:
+            return Update(index, Delta())
         if event.token_id is None or event.finish_reason == "cancelled":
             raise Refusal(500, "The engine cancelled the request.", code="engine_failed")
         if event.prompt_scores is not None:
-            self.prompt_scores[update.index] = event.prompt_scores
-        update.delta += answer.push(event.token_id, event.score)
-        self._cached[update.index] = event.cached_tokens
+            self.prompt_scores[index] = event.prompt_scores
+        update = Update(index, answer.push(event.token_id, event.score))
+        self._cached[index] = event.cached_tokens
         if answer.stopped:
-            self._thread.cancel(self._tickets[update.index])
+            self._thread.cancel(self._tickets[index])
             update.finish_reason = "stop"
         elif event.finish_reason is not None:
             update.delta += answer.finish()
             called = answer.calls and event.finish_reason == "stop"
             update.finish_reason = "tool_calls" if called else event.finish_reason
         if update.finish_reason is not None:
-            self._unfinished.discard(update.index)
-            self.record.finished(update.index, update.finish_reason)
+            self._unfinished.discard(index)
+            self.record.finished(index, update.finish_reason)
+        return update
 
     def _distinct(self) -> list[int]:
         """The first answer to each prompt: a prompt that several answers share counts once."""

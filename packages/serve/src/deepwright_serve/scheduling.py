@@ -28,6 +28,7 @@ from deepwright_core.engine import EngineStats, SamplingParams, TokenEvent
 from deepwright_core.errors import RequestError
 
 from .limits import Limits
+from .outbox import Outbox
 from .refusal import Refusal
 from .waiting import FairQueue
 
@@ -104,7 +105,6 @@ class EngineThread:
         self._queue: FairQueue[Ticket] = FairQueue()
         self._active: dict[Any, Ticket] = {}
         self._ends: deque[float] = deque(maxlen=64)
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self.capacity = limits.running + limits.waiting
         self.open = 0
@@ -113,6 +113,7 @@ class EngineThread:
         self.broken: str | None = None
         self.last_token_at = -float("inf")
         self._token_seen = asyncio.Event()
+        self._outbox: Outbox[Parcel] = Outbox(self._deliver)
 
     @property
     def replicas(self) -> tuple[EngineThread, ...]:
@@ -129,7 +130,7 @@ class EngineThread:
 
     def start(self) -> None:
         """Begin; must be called on the event loop that the requests live on."""
-        self._loop = asyncio.get_running_loop()
+        self._outbox.open()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -182,8 +183,8 @@ class EngineThread:
         self._token_seen.clear()
         await self._token_seen.wait()
 
-    def _deliver(self, items: list[Parcel], generated: bool) -> None:
-        if generated:
+    def _deliver(self, items: list[Parcel]) -> None:
+        if any(isinstance(item, TokenEvent) and item.token_id is not None for _, item in items):
             self.last_token_at = time.monotonic()
             self._token_seen.set()
         for ticket, item in items:
@@ -227,8 +228,8 @@ class EngineThread:
                 if event.finish_reason is not None:
                     del self._active[event.request_id]
                 items.append((ticket, event))
-            if events:
-                self._post(items, generated=any(event.token_id is not None for event in events))
+            if items:
+                self._post(items)
 
     def _obey(self, block: bool) -> bool:
         """Take all commands that wait (for one to come, if there is nothing else to do). False: stop."""
@@ -296,10 +297,9 @@ class EngineThread:
         self._active.clear()
         self._post(items)
 
-    def _post(self, items: list[Parcel], generated: bool = False) -> None:
-        assert self._loop is not None
+    def _post(self, items: list[Parcel]) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._deliver, items, generated)
+            self._outbox.post(items)
         except RuntimeError:
             # The loop is closed: nobody is left to tell.
             self.broken = "the server is shutting down"

@@ -1,5 +1,8 @@
 """Server-sent events: one answer chunk an event, a comment when nothing comes, `[DONE]` at the end.
 
+Every token of every stream is written here, in the one thread that all streams share: chunks are bytes from the
+beginning, in plain dicts, and what all chunks of a stream have in common is written once (`Frame`).
+
 The response holds its `Generation` open exactly as long as somebody listens: when the client goes away, the deadline
 passes or the server is told to end, it is left, and leaving cancels the work.
 """
@@ -7,11 +10,12 @@ passes or the server is told to end, it is left, and leaving cancels the work.
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -23,8 +27,23 @@ from .refusal import Refusal
 LAST_WORDS = 5.0
 
 
+class Frame:
+    """The chunks of one stream as JSON. `head`: what they all begin with; it holds neither choices nor usage."""
+
+    def __init__(self, head: dict[str, Any]) -> None:
+        self._head = to_json(head).removesuffix(b"}") + b',"choices":'
+
+    def chunk(self, choices: Sequence[dict[str, Any]]) -> bytes:
+        """A chunk that says nothing of usage."""
+        return self._head + to_json(choices) + b"}"
+
+    def chunk_with(self, choices: Sequence[dict[str, Any]], usage: BaseModel | None) -> bytes:
+        """A chunk with the usage so far (None: it is told at the end)."""
+        return self._head + to_json(choices) + b',"usage":' + (to_json(usage) if usage else b"null") + b"}"
+
+
 class EventStream(Response):
-    """Sends `chunks` (JSON texts; "" for a sign of life) while `generation` runs.
+    """Sends `chunks` (JSON; b"" for a sign of life) while `generation` runs.
 
     The generation is entered here and now, so that a full queue is still a 429 and not an event.
     """
@@ -33,7 +52,7 @@ class EventStream(Response):
     # Proxies cut connections that are silent for about a minute.
     BEAT = 15.0
 
-    def __init__(self, generation: Generation, chunks: AsyncIterator[str], limits: Limits) -> None:
+    def __init__(self, generation: Generation, chunks: AsyncIterator[bytes], limits: Limits) -> None:
         super().__init__()
         del self.headers["content-length"]
         # Ask proxies not to collect events before passing them on.
@@ -42,11 +61,6 @@ class EventStream(Response):
         self._chunks = chunks
         self._limits = limits
         generation.__enter__()
-
-    @staticmethod
-    def dump(body: dict[str, Any]) -> str:
-        """JSON of one event, without spaces."""
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -71,7 +85,7 @@ class EventStream(Response):
             # The deadline also ends a client that has stopped reading: a full socket makes `send` wait.
             async with asyncio.timeout(self._limits.request_seconds):
                 async for chunk in self._chunks:
-                    await self._event(send, f"data: {chunk}\n\n" if chunk else ": waiting\n\n")
+                    await self._event(send, b"data: " + chunk + b"\n\n" if chunk else b": waiting\n\n")
         except TimeoutError:
             await self._fail(send, Refusal.deadline(self._limits.request_seconds))
         except Refusal as refusal:
@@ -83,7 +97,7 @@ class EventStream(Response):
                 await self._chunks.aclose()
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS):
-                await self._event(send, "data: [DONE]\n\n")
+                await self._event(send, b"data: [DONE]\n\n")
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _fail(self, send: Send, refusal: Refusal) -> None:
@@ -91,8 +105,8 @@ class EventStream(Response):
         self._generation.record.error = refusal.label
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS):
-                await self._event(send, f"data: {self.dump(refusal.body())}\n\n")
+                await self._event(send, b"data: " + to_json(refusal.body()) + b"\n\n")
 
     @staticmethod
-    async def _event(send: Send, text: str) -> None:
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+    async def _event(send: Send, event: bytes) -> None:
+        await send({"type": "http.response.body", "body": event, "more_body": True})
