@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .feed_forward import FeedForward
     from .transformer import Block, Transformer
 
-MOST_ROWS = 128
+MOST_ROWS = 256
 """With more rows the products are what takes time, and absorbed matrices make more of them."""
 MOST_VALUES = 1 << 20
 """Of a layer's matrices that are held a second time; reading more than these takes longer than the calls saved."""
