@@ -3,7 +3,8 @@
 The runner keeps, on the model's device, one row for each decoding sequence (last token, length, block table, sampling
 parameters), so that a decode step builds nothing: it slices the rows, and afterwards writes the drawn tokens into them.
 The host hears of a step once, when tokens and log-probabilities come over together. On a GPU the model's part of a
-decode step is a CUDA graph (`graphs`), for which rows and block tables are padded to a few sizes.
+decode step is a CUDA graph (`graphs`), for which rows and block tables are padded to a few sizes; on a CPU a small
+model decodes in a form with few calls (`deepwright_core.model.few_rows`).
 Left out: several devices.
 
 Shapes: R rows (`max_batch` of them), B sequences of one call, Q new tokens of each, P blocks, N slots, D hidden size.
@@ -248,6 +249,11 @@ class ModelRunner:
         make = getattr(self.model, "few_rows_form", None)
         return None if make is None else make()
 
+    def _model_for(self, rows: int) -> GenerationModel | FewRows:
+        """What decodes so many rows."""
+        few_rows = self._few_rows
+        return self.model if few_rows is None or not few_rows.takes(rows) else few_rows
+
     def _weight_addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.model.parameters()]
 
@@ -335,9 +341,7 @@ class ModelRunner:
     def _logits(self, hidden: Tensor, count: int) -> Tensor:
         """Logits of states of the first `count` rows."""
         self._adapters.select(self._adapter_R[:count])
-        few_rows = self._few_rows
-        model = self.model if few_rows is None or not few_rows.takes(len(hidden)) else few_rows
-        return model.logits(hidden)
+        return self._model_for(len(hidden)).logits(hidden)
 
     def _prompt_logits(self, hidden_ND: Tensor, sequence: Sequence) -> Tensor:
         """Logits of states of one sequence."""
@@ -364,9 +368,7 @@ class ModelRunner:
 
     def _extend_decoding(self, tokens_BQ: Tensor, batch: CacheBatch) -> Tensor:
         """Hidden states [B, Q, D] of decoding rows."""
-        few_rows = self._few_rows
-        model = self.model if few_rows is None or not few_rows.takes(tokens_BQ.numel()) else few_rows
-        return model.extend(tokens_BQ, self._layer_cache, batch)
+        return self._model_for(tokens_BQ.numel()).extend(tokens_BQ, self._layer_cache, batch)
 
     def _draw(self, sequences: list[Sequence], logits_XV: Tensor, position_BQ: Tensor, parcel: Parcel) -> Draw:
         """Draw a token for each position of each row; logits [B · Q, V]."""

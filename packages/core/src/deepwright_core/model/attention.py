@@ -33,6 +33,7 @@ class Attention(Protocol):
     heads would keep. fp8_cache_bytes: bytes per token of a cache in FP8, of one that can read and write such a cache.
     pair_flops: FLOPs for one pair of query and key (score and mix, all heads); an attention that
     decodes in another form says `pair_flops_decode` too. `heads`, where it has them: those of the queries.
+    few_rows_form: optional, a method that gives a function for decode steps on a CPU (`few_rows`), or None.
     forward: training form. A query sees the keys from starts_BS (None: from 0) up to itself: those of its document.
     extend: writes the new tokens into the layer's cache and attends to everything cached so far.
     """

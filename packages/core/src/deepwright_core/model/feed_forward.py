@@ -31,7 +31,8 @@ class Mixture:
 class FeedForward(Protocol):
     """What the model asks of a feed-forward variant. `record` collects losses and loads while training.
 
-    One that is a mixture of experts has an attribute `mixture: Mixture`.
+    One that is a mixture of experts has an attribute `mixture: Mixture`; one with a form for decode steps on a CPU, a
+    method `few_rows_form` (`few_rows`).
     """
 
     def forward(self, x_BSD: Tensor, record: ForwardRecord | None) -> Tensor: ...
