@@ -195,3 +195,18 @@ def test_refusals_are_sentences(
     page.wait_for_function("() => document.querySelector('.prose').textContent === 'Hello.'")
     assert page.locator(".problem").is_hidden() and page.locator(".turn").count() == 2
     page.complaints.clear()
+
+
+def test_a_model_that_is_gone_gives_way_to_one_that_is_there(
+    serve_script: Callable[..., Any], new_page: Callable[..., Any]
+) -> None:
+    page = new_page(serve_script("Hello."))
+    page.wait_for_selector("#model:visible")
+    page.evaluate("() => { models.cards = [{ id: 'old' }]; state.settings.model = 'old'; drawModels(); }")
+    ask(page)
+    assert "There is no model 'old'" in answered(page).locator(".problem").inner_text()
+    page.wait_for_function("() => document.getElementById('model').value === 'tiny'")
+    page.click(".again")
+    page.wait_for_function("() => document.querySelector('.prose').textContent === 'Hello.'")
+    assert page.complaints and all("404" in complaint for complaint in page.complaints)
+    page.complaints.clear()

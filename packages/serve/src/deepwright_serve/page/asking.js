@@ -56,7 +56,11 @@ function bodyOf(messages, settings) {
 /** Post, and call `onEvent` with each event of the stream. */
 async function streamed(body, signal, onEvent) {
   const reply = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
-  if (!reply.ok) throw new Error(await complaint(reply));
+  if (!reply.ok) {
+    // Perhaps the model is no longer there: the list says which ones are, for the next attempt.
+    if (reply.status === 404) loadModels().catch(() => {});
+    throw new Error(await complaint(reply));
+  }
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "", ended = false;
   for (;;) {

@@ -104,7 +104,6 @@ const keepKey = (key) => { try { sessionStorage.setItem(`${PLACE}.key`, key); } 
 
 // The tree -------------------------------------------------------------------------------------------
 
-const byId = (conversation, id) => conversation.messages.find((message) => message.id === id);
 const siblings = (conversation, message) => conversation.messages.filter((other) => other.parent === message.parent && other.role === message.role);
 
 /** The messages of the branch that is shown, in order. */
