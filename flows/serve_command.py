@@ -9,9 +9,12 @@ from typing import Any
 
 import click
 
+from deepwright_core.errors import RequestError
 from deepwright_serve.command import serve_command
 
 from .cli_plugins import block_option, load_plugins
+
+TRACE_SHARE = 0.01
 
 EXAMPLES = """\b
 Examples:
@@ -23,19 +26,25 @@ Examples:
 The last one can be given other versions while it runs: `deepwright promote --help`."""
 
 
-def _serve(source: str, block: tuple[str, ...], trace_to: str | None, trace_share: float, **options: Any) -> None:
+def _serve(
+    source: str, block: tuple[str, ...], trace_to: str | None, trace_share: float | None, **options: Any
+) -> None:
     """Serve the model SOURCE to OpenAI clients and browsers.
 
     SOURCE is a model directory, a stage's directory, a run id of the tracker or a registered name.
     """
     from . import model_source
 
+    if trace_share is not None and trace_to is None:
+        raise RequestError(f"--trace-share is {trace_share:g}, and there is no --trace-to; give both, or none.")
     plugins = load_plugins(block)
     found = model_source.find(source, plugins)
     if trace_to is not None:
         from .request_traces import RequestTraces
 
-        plugins.manager.register(RequestTraces(trace_to, trace_share), name="request-traces")
+        plugins.manager.register(
+            RequestTraces(trace_to, TRACE_SHARE if trace_share is None else trace_share), name="request-traces"
+        )
     assert serve_command.callback is not None
     serve_command.callback(model=found.directory, version=found.version, **options)
 
@@ -54,9 +63,7 @@ serve = click.Command(
         click.Option(
             ["--trace-share"],
             type=float,
-            default=0.01,
-            show_default=True,
-            help="Share of the requests that is traced (1: all).",
+            help=f"Share of the requests that is traced (1: all).  [default: {TRACE_SHARE}]",
         ),
     ],
     help=_serve.__doc__,

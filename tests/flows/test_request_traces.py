@@ -11,6 +11,7 @@ import pytest
 from deepwright_core.errors import RequestError
 from deepwright_core.events import RequestEvent
 from flows.request_traces import EXPERIMENT, RequestTraces, taken
+from flows.serve_command import serve
 
 
 def event(number: int, **changes: object) -> RequestEvent:
@@ -77,3 +78,5 @@ def test_the_share_is_kept_and_a_wrong_one_is_refused() -> None:
     assert all(taken(f"req_{number}", 1.0) for number in range(100))
     with pytest.raises(RequestError, match="--trace-share is 2"):
         RequestTraces("sqlite:///nowhere.db", 2.0)
+    with pytest.raises(RequestError, match=r"--trace-share is 0\.5, and there is no --trace-to"):
+        serve.main(["nowhere", "--trace-share", "0.5"], standalone_mode=False)

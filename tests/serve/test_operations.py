@@ -268,6 +268,34 @@ def test_a_head_that_is_too_large_is_a_sentence(serve_script: Callable[..., Any]
     assert reply.status_code == 431 and reply.json()["error"]["code"] == "headers_too_large"
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01 a handshake\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}",
+    ],
+)
+def test_what_is_no_http_is_refused_as_everything_is(serve_script: Callable[..., Any], sent: bytes) -> None:
+    with connect(serve_script()) as client:
+        client.sendall(sent)
+        head, _, body = b"".join(iter(lambda: client.recv(4096), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request") and b"x-request-id: req_" in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
+def test_a_body_that_goes_wrong_behind_its_answer_ends_the_connection_quietly(
+    serve_script: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with connect(serve_script()) as client:
+        client.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert b" 404 " in client.recv(4096)
+        client.sendall(b"zz\r\n")
+        assert client.recv(4096) == b""
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 # Hanging up at every stage --------------------------------------------------------------------------
 
 

@@ -209,7 +209,8 @@ def test_prompts_that_do_not_fit(serve_script: Callable[..., Any]) -> None:
         ({"prompt": []}, None),
         ({"prompt": [[]]}, None),
         ({"prompt": [1, "a"]}, None),
-        ({"prompt": ["a"] * 65}, None),
+        ({"prompt": ["a"] * 65}, "prompt"),
+        ({"prompt": [[1]] * 65}, "prompt"),
         ({"prompt": [10_000]}, "prompt"),
         ({"prompt": [-1]}, None),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
@@ -224,6 +225,26 @@ def test_wrong_completions(serve_script: Callable[..., Any], fields: dict[str, A
     error = complaint(server.client.post("/v1/completions", json=body), 400)
     assert param is None or error["param"] == param
     assert server.engine.asked == []
+
+
+def test_what_is_wrong_is_said_once_and_in_the_words_of_json(serve_script: Callable[..., Any]) -> None:
+    server = serve_script()
+    asked = {"model": "tiny", "prompt": ["a"] * 65}
+    message = complaint(server.client.post("/v1/completions", json=asked), 400)["message"]
+    assert message == "prompt holds 65 prompts; at most 64 are possible in one request."
+    body = json.dumps({**GOOD, "temperature": True, "top_p": float("nan")}).encode()
+    reply = server.client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    message = complaint(reply, 400)["message"]
+    assert message.startswith("temperature is true; ") and "top_p is NaN; " in message
+
+
+def test_monitors_may_ask_for_the_head_alone(serve_script: Callable[..., Any]) -> None:
+    server = serve_script()
+    for path in ("/health", "/ready", "/metrics", "/v1/models", "/"):
+        reply = server.client.head(path)
+        assert (reply.status_code, reply.content) == (200, b"") and int(reply.headers["content-length"]) > 0
+    assert server.client.head(CHAT).status_code == 405
+    assert server.client.head("/v1/models/other").status_code == 404
 
 
 def test_any_json_is_answered_with_200_or_a_4xx(serve_script: Callable[..., Any]) -> None:

@@ -89,11 +89,11 @@ def test_a_model_of_another_shape_is_refused(
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("adapter_config.json", None, "adapter_config.json is missing"),
+        ("adapter_config.json", None, "has no adapter_config.json"),
         ("adapter_config.json", "{", "cannot be read as an adapter"),
         ("adapter_config.json", '{"format": 2}', "is of format 2; expected 1"),
         ("adapter_config.json", '{"format": 1}', "cannot be read as an adapter: KeyError"),
-        ("adapter.safetensors", None, "adapter.safetensors is missing"),
+        ("adapter.safetensors", None, "has no adapter.safetensors"),
         ("adapter.safetensors", "nothing", "cannot be read as an adapter"),
     ],
 )

@@ -1,17 +1,22 @@
 """A client's connection: uvicorn's, with an end to patience where uvicorn has none.
 
 A head that does not come, or comes a byte at a time, ends the connection; so does a client that stops reading while its
-answer waits in a full socket. Either would otherwise keep a connection (and the second its answer) for ever.
+answer waits in a full socket. Either would otherwise keep a connection (and the second its answer) for ever. What is
+no HTTP at all is refused with an error object as everything else is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .edge import new_request_id
 from .limits import Limits
+from .refusal import Refusal
 
 
 class Connection(H11Protocol):
@@ -45,6 +50,23 @@ class Connection(H11Protocol):
                 self._head = None
         elif self._head is None:
             self._head = self.loop.call_later(self._limits.header_seconds, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse bytes that cannot be read as HTTP/1.1, in place of uvicorn's plain text, and close."""
+        # After an answer that did not wait for its request's body, nothing more can be said in this connection.
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            sentence = "This is no HTTP/1.1 request: its head or the lengths of its body cannot be read."
+            body = json.dumps(Refusal(400, sentence, code="invalid_http").body()).encode()
+            headers = {
+                "content-type": "application/json",
+                "content-length": str(len(body)),
+                "x-request-id": new_request_id(),
+                "connection": "close",
+            }
+            head = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -82,9 +82,14 @@ class Door:
         return tenant
 
 
+def new_request_id() -> str:
+    """An id for a request that brought none."""
+    return f"req_{secrets.token_hex(12)}"
+
+
 def _request_id(asked: str) -> str:
     """The id that a client gave its request, if it is one that can stand in a log; else one of ours."""
-    return asked if SANE_ID.fullmatch(asked) else f"req_{secrets.token_hex(12)}"
+    return asked if SANE_ID.fullmatch(asked) else new_request_id()
 
 
 def _host(value: str) -> str:
@@ -113,6 +118,8 @@ class Edge:
             metrics=self.metrics,
         )
         scope.setdefault("state", {})["record"] = record
+        # HEAD is GET without the body, which uvicorn leaves out: monitors and balancers probe with it.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -137,11 +144,11 @@ class Edge:
                 reply = JSONResponse(refusal.body(), refusal.status, refusal.headers)
                 await reply(scope, receive, send_marked)
             else:
-                await self.app(scope, receive, send_marked)
+                await self.app(inner, receive, send_marked)
         finally:
             self.metrics.in_progress.dec()
             record.seconds = time.monotonic() - record.began
-            record.path = getattr(scope.get("route"), "path", "other")
+            record.path = getattr(inner.get("route"), "path", "other")
             self.metrics.answered(record)
             log.info("", extra={"record": record})
             if self._teller is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -132,5 +133,6 @@ def _sentence(item: Any, path: str, model: type[BaseModel]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    # true, null and NaN as the client wrote them, not as Python does.
+    text = json.dumps(value) if value is None or isinstance(value, bool | float) else repr(value)
     return text if len(text) <= 60 else text[:57] + "…"

@@ -56,7 +56,7 @@ def read(directory: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
     path = directory / CONFIG_FILE
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / name).is_file()]
     if missing:
-        raise RequestError(f"{directory} is not an adapter: {' and '.join(missing)} is missing.")
+        raise RequestError(f"{directory} is not an adapter: it has no {' and no '.join(missing)}.")
     try:
         document = json.loads(path.read_text())
         if document["format"] != FORMAT:

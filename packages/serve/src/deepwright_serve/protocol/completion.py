@@ -5,7 +5,7 @@ Left out: `suffix` (the models are not trained to fill in) and `best_of` (ask fo
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -34,6 +34,15 @@ class CompletionRequest(GenerationRequest):
     # Accepted only with the value that asks for nothing.
     best_of: int | None = None
     suffix: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _countable(cls, body: Any) -> Any:
+        """Too many prompts, said once: the forms of `prompt` would each complain of something else."""
+        prompts = body.get("prompt") if isinstance(body, dict) else None
+        if isinstance(prompts, list) and len(prompts) > MAX_PROMPTS and isinstance(prompts[0], str | list):
+            raise Wrong("prompt", f"holds {len(prompts)} prompts; at most {MAX_PROMPTS} are possible in one request.")
+        return body
 
     @model_validator(mode="after")
     def _possible(self) -> CompletionRequest:
