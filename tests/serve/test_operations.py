@@ -115,6 +115,52 @@ def test_aborts_and_refusals_are_counted(serve_script: Callable[..., Any]) -> No
     assert value("deepwright:http_requests_in_progress") == 1
 
 
+def test_what_is_refused_at_the_door_counts_for_its_route(serve_script: Callable[..., Any]) -> None:
+    server = serve_script(keys=[KEY])
+    assert server.client.get("/v1/models/any/name").status_code == 401
+    assert server.chat().status_code == 401
+    assert server.client.get("/v1/chat/completions").status_code == 401
+    assert server.client.get("/made/up").status_code == 401
+    server.client.headers["authorization"] = f"Bearer {KEY}"
+    value = scrape(server)
+    for path, method, count in (
+        ("/v1/models/{name:path}", "GET", 1),
+        ("/v1/chat/completions", "POST", 1),
+        ("/v1/chat/completions", "GET", 1),
+        ("other", "GET", 1),
+    ):
+        assert value("deepwright:http_requests_total", path=path, method=method, status="401") == count
+
+
+def test_a_connection_too_many_is_refused_like_all_else(
+    serve_script: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve_script(connections=2)
+    caplog.set_level(logging.INFO)
+    server.engine.gate.clear()
+    host, port = server.address.removeprefix("http://").split(":")
+    assert server.client.get("/ready").status_code == 200
+    with socket.create_connection((host, int(port)), timeout=10):
+        with httpx.Client(base_url=server.address, trust_env=False) as third:
+            refused = third.post("/v1/chat/completions", json={})
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "too_many_connections"
+        assert refused.json()["error"]["type"] == "service_unavailable_error"
+        assert refused.headers["x-request-id"] and refused.headers["connection"] == "close"
+        # Those who came before are served as ever.
+        assert server.client.get("/ready").status_code == 200
+        value = scrape(server)
+    assert value("deepwright:errors_total", code="too_many_connections") == 1
+    assert value("deepwright:http_requests_total", path="/v1/chat/completions", status="503") == 1
+    told = [getattr(line, "record", None) for line in caplog.records]
+    assert [r.path for r in told if r is not None and r.error == "too_many_connections"] == ["/v1/chat/completions"]
+    # A place that is given up is another's.
+    deadline = time.monotonic() + 10
+    with httpx.Client(base_url=server.address, trust_env=False) as later:
+        while later.get("/ready").status_code != 200:
+            assert time.monotonic() < deadline
+
+
 def test_metrics_need_the_key_and_keep_their_names(serve_script: Callable[..., Any]) -> None:
     server = serve_script(keys=[KEY])
     assert server.client.get("/metrics").status_code == 401

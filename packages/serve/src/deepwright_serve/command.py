@@ -220,7 +220,6 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=limits.connections,
         # After ours: this one cuts connections without a word.
         timeout_graceful_shutdown=int(limits.drain_seconds) + CUT_OFF_SECONDS,
     )

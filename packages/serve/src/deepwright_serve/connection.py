@@ -1,8 +1,9 @@
 """A client's connection: uvicorn's, with an end to patience where uvicorn has none.
 
-A head that does not come, or comes a byte at a time, ends the connection; so does a client that stops reading while its
-answer waits in a full socket. Either would otherwise keep a connection (and the second its answer) for ever. What is
-no HTTP at all is refused with an error object as everything else is.
+One connection too many is served nothing but a refusal: the application writes it, so that it has the form of all
+others and is counted and logged. A head that does not come, or comes a byte at a time, ends the connection; so does a
+client that stops reading while its answer waits in a full socket. Either would otherwise keep a connection (and the
+second its answer) for ever. What is no HTTP at all is refused with an error object as everything else is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .edge import new_request_id
+from .edge import SURPLUS, new_request_id
 from .limits import Limits
 from .refusal import Refusal
 
@@ -30,6 +31,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self._limits.connections:
+            self.app_state = {**self.app_state, SURPLUS: True}
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

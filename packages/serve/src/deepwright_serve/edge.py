@@ -12,9 +12,11 @@ import secrets
 import time
 from dataclasses import dataclass
 
+from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import Match
+from starlette.types import Message, Receive, Scope, Send
 
 from .keys import OPEN_PATHS, Keys
 from .metrics import Metrics
@@ -28,6 +30,8 @@ log = logging.getLogger("deepwright.serve.access")
 NOTHING_ALLOWED = "default-src 'none'; frame-ancestors 'none'"
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# In the state of a request's scope: it came by a connection beyond the limit.
+SURPLUS = "surplus_connection"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -92,6 +96,15 @@ def _request_id(asked: str) -> str:
     return asked if SANE_ID.fullmatch(asked) else new_request_id()
 
 
+def _too_many_connections() -> Refusal:
+    return Refusal(
+        503,
+        "As many connections are open as this server takes; try again in a moment.",
+        code="too_many_connections",
+        headers={"Retry-After": "1", "Connection": "close"},
+    )
+
+
 def _host(value: str) -> str:
     """A Host header without its port, in lower case."""
     value = value.strip().lower()
@@ -102,7 +115,7 @@ def _host(value: str) -> str:
 class Edge:
     """The outermost ASGI application."""
 
-    def __init__(self, app: ASGIApp, door: Door, metrics: Metrics, teller: Teller | None = None) -> None:
+    def __init__(self, app: Starlette, door: Door, metrics: Metrics, teller: Teller | None = None) -> None:
         self.app = app
         self.door = door
         self.metrics = metrics
@@ -136,6 +149,8 @@ class Edge:
         self.metrics.in_progress.inc()
         try:
             try:
+                if SURPLUS in scope["state"]:
+                    raise _too_many_connections()
                 record.tenant = self.door.admit(scope["path"], Headers(scope=scope))
                 if scope["path"] not in OPEN_PATHS:
                     record.tenant.knock()
@@ -148,8 +163,15 @@ class Edge:
         finally:
             self.metrics.in_progress.dec()
             record.seconds = time.monotonic() - record.began
-            record.path = getattr(inner.get("route"), "path", "other")
+            record.path = self._route(inner)
             self.metrics.answered(record)
             log.info("", extra={"record": record})
             if self._teller is not None:
                 self._teller.tell(record)
+
+    def _route(self, scope: Scope) -> str:
+        """The template of a request's route, also of one that was refused at the door; "other" where there is none."""
+        route = scope.get("route")
+        if route is None:
+            route = next((route for route in self.app.routes if route.matches(scope)[0] is not Match.NONE), None)
+        return getattr(route, "path", "other")
