@@ -87,6 +87,8 @@ def learn(config: LearnConfig) -> Stage:
             if step % options.every == 0:
                 write_atomically(saved, json.dumps([step, total]))
                 context.hook.deepwright_checkpoint_saved(event=CheckpointEvent("learn", step, saved.parent))
+            while os.environ.get("TOY_HOLDS_AT") == str(step):  # until it is killed
+                time.sleep(0.05)
             if options.fail and step == options.steps // 2:
                 if options.fail == "disk":
                     raise OSError(errno.ENOSPC, "No space left on device")
