@@ -125,7 +125,7 @@ class GoingLive:
         self._say(name, "proving", f"Version {_named(candidate)} is live in place of {_named(before)}.")
         task = asyncio.create_task(self._watch(candidate, prove_seconds, failed_share, prove))
         self._proving[name] = task
-        task.add_done_callback(lambda _: self._proving.pop(name, None))
+        task.add_done_callback(lambda ended: self._has_proved(name, ended))
 
     def roll_back(self, name: str, why: str) -> None:
         """Give the name back to the model before, which is still there until its successor has proved itself."""
@@ -177,6 +177,11 @@ class GoingLive:
         message = f"Version {_named(served)} has proved itself: in {seconds:g} s, {count} answers and {lost} failures."
         self._say(served.name, "proved", message)
         self._end_later(self._roster.take_aside(previous_of(served.name)))
+
+    def _has_proved(self, name: str, task: asyncio.Task[None]) -> None:
+        # After a trouble, the next version may be proving itself already: that entry is not this task's.
+        if self._proving.get(name) is task:
+            del self._proving[name]
 
     async def _end(self, served: Served | None) -> None:
         if served is not None:
