@@ -16,7 +16,7 @@ from deepwright_core.finetune import adapter_files
 from deepwright_core.finetune.lora import Lora, LoraConfig
 from deepwright_core.model.directory import load_model
 from deepwright_core.tokenizer import Tokenizer
-from deepwright_serve.command import named_adapters
+from deepwright_serve.engine_options import named_adapters
 from deepwright_serve.limits import Limits
 from deepwright_serve.loading import Loading
 from deepwright_serve.roster import Roster
@@ -78,7 +78,7 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_served(
 
 
 def test_names_of_adapters() -> None:
-    assert named_adapters(["a=x", "b/c=y=z"], "tiny") == {"a": Path("x"), "b/c": Path("y=z")}
+    assert named_adapters(["a=x", "b/c=y=z"], "tiny") == {"a": "x", "b/c": "y=z"}
     with pytest.raises(RequestError) as refused:
         named_adapters(["a", "=x", "a=", "tiny=x", "b=x", "b=y"], "tiny")
     assert len(refused.value.problems) == 5

@@ -10,13 +10,16 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from deepwright_core import plugins
 from deepwright_core.errors import RequestError
 from deepwright_core.stage import Stage, StageContext
 from deepwright_core.tasks import Problem, dump_problems, score
 from deepwright_core.tracking import JsonlTracker, SilentProgress
+from deepwright_serve import command
 from deepwright_serve import stage as serve_stage
+from deepwright_serve.engine_options import EngineOptions
 
 
 def problem(number: int) -> Problem:
@@ -48,6 +51,31 @@ def test_it_is_registered() -> None:
     assert component.config is serve_stage.ServeConfig
     built = component.build(serve_stage.ServeConfig())
     assert isinstance(built, Stage) and built.needs == {"rl_model": "rl", "problems": "prepare"}
+
+
+def test_its_options_of_the_engine_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = serve_stage.ServeConfig(
+        cache_tokens=128,
+        cache_dtype="fp8",
+        replicas=2,
+        speculate=1,
+        adapters={"poet": str(tmp_path / "a=b"), "b/c": "relative"},
+        batch_invariant=True,
+        expert_parallel=3,
+    )
+    heard: dict[str, Any] = {}
+    monkeypatch.setattr(command, "serve", lambda model, **options: heard.update(options))
+    command.serve_command.main(["model", *config.arguments()], standalone_mode=False)
+    want = {name: getattr(config, name) for name in EngineOptions.model_fields}
+    want["adapters"] = {"poet": str(tmp_path / "a=b"), "b/c": str(Path("relative").resolve())}
+    assert heard["engine"] == EngineOptions(**want)
+    command.serve_command.main(["model", *serve_stage.ServeConfig().arguments()], standalone_mode=False)
+    assert heard["engine"] == EngineOptions()
+
+
+def test_an_adapter_cannot_have_the_models_name() -> None:
+    with pytest.raises(ValidationError, match="the model's own name"):
+        serve_stage.ServeConfig(model_name="poet", adapters={"poet": "x"})
 
 
 @pytest.mark.costly

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,6 @@ import torch
 import uvicorn
 
 from deepwright_core import plugins
-from deepwright_core.engine import MAX_DRAFTS, CacheDtype
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.model.directory import find_model
 from deepwright_core.stage import write_atomically
@@ -37,12 +36,13 @@ from deepwright_core.stage import write_atomically
 from . import logs, operator_key
 from .app import create_app
 from .connection import Connection
+from .engine_options import EngineOptions, engine_options, take_engine_options
 from .expert_parallel import over_ranks, refuse_beside
 from .going_live import GoingLive
 from .keys import Keys
 from .limit_options import limit_options, take_limits
 from .limits import Limits
-from .loading import CACHE_TOKENS, Loading
+from .loading import Loading
 from .protocol import Prices
 from .roster import Roster
 from .service import Service
@@ -68,13 +68,7 @@ def serve(
     device: str = "auto",
     precision: str = "auto",
     threads: int = 0,
-    cache_tokens: int = CACHE_TOKENS,
-    cache_dtype: CacheDtype = "auto",
-    replicas: int = 1,
-    expert_parallel: int = 1,
-    speculate: int = 0,
-    adapters: Mapping[str, Path] | None = None,
-    batch_invariant: bool = False,
+    engine: EngineOptions | None = None,
     limits: Limits | None = None,
     prices: Prices | None = None,
     address_file: Path | None = None,
@@ -82,14 +76,13 @@ def serve(
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C.
 
-    version: which of that name's it is, as the operator's routes tell it. adapters: directories of LoRA adapters, by
-    the names that they answer to. admin_key_file: the operator's key; it is made where there is none. admin_models:
-    directories from below which models may be loaded while the server runs.
+    version: which of that name's it is, as the operator's routes tell it. admin_key_file: the operator's key; it is
+    made where there is none. admin_models: directories from below which models may be loaded while the server runs.
     prices: what `usage` tells the cost by; without them it tells none.
     address_file: written once requests are taken, as {"address", "host", "port", "pid"}.
     end_with_stdin: end when standard input is closed, that is, when the process that holds its other end is gone.
     """
-    limits = limits or Limits()
+    engine, limits = engine or EngineOptions(), limits or Limits()
     directory = find_model(model_directory)
     operator = operator_key.of_server(admin_key_file, admin_models)
     local = is_loopback(host)
@@ -103,21 +96,22 @@ def serve(
         # A server that was killed may have left one, and nobody must be sent to it.
         address_file.unlink(missing_ok=True)
     with listener:
-        if threads or expert_parallel > 1:
-            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // expert_parallel))
-        loading = Loading(
-            device, precision, cache_tokens, cache_dtype, limits, replicas, speculate, batch_invariant=batch_invariant
-        )
+        if threads or engine.expert_parallel > 1:
+            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // engine.expert_parallel))
+        of_each = engine.model_dump(exclude={"adapters", "expert_parallel"})
+        loading = Loading(device, precision, limits=limits, **of_each)
         with ExitStack() as stack:
             ends = [standard_input_ends] if end_with_stdin else []
-            if expert_parallel > 1:
-                refuse_beside(loading, bool(adapters), operator is not None)
-                spread = over_ranks(loading, expert_parallel, directory, name, version)
+            if engine.expert_parallel > 1:
+                refuse_beside(loading, bool(engine.adapters), operator is not None)
+                spread = over_ranks(loading, engine.expert_parallel, directory, name, version)
                 models, followers = stack.enter_context(spread)
                 ends.append(followers.wait_for_loss)
                 stack.callback(followers.look)  # the last word, when one was lost
             else:
-                models = loading.load_with_adapters(directory, name, version, adapters or {})
+                models = loading.load_with_adapters(
+                    directory, name, version, {name: Path(at) for name, at in engine.adapters.items()}
+                )
             roster = Roster(models)
             changes = None if operator is None else GoingLive(roster, loading, admin_models, limits.request_seconds)
             service = Service(roster, limits, keys, local, operator, changes, prices, listeners())
@@ -269,24 +263,6 @@ def standard_input_ends() -> None:
         pass
 
 
-def named_adapters(given: Sequence[str], name: str) -> dict[str, Path]:
-    """NAME=DIR of each --adapter; refuses what names none, or two models alike."""
-    found: dict[str, Path] = {}
-    problems = []
-    for option in given:
-        adapter, equals, path = option.partition("=")
-        if not (adapter and equals and path):
-            problems.append(f"--adapter is '{option}'; expected NAME=DIR, such as poet=runs/poet/adapter.")
-        elif adapter == name or adapter in found:
-            other = "the model itself" if adapter == name else f"the adapter in {found[adapter]}"
-            problems.append(f"--adapter {option}: '{adapter}' is the name of {other}; choose another.")
-        else:
-            found[adapter] = Path(path)
-    if problems:
-        raise RequestError(problems)
-    return found
-
-
 @click.command("serve")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -311,50 +287,7 @@ def named_adapters(given: Sequence[str], name: str) -> dict[str, Path]:
     help="Of the weights; auto: bf16 on a GPU, fp32 elsewhere.",
 )
 @click.option("--threads", default=0, type=click.IntRange(0), help="CPU threads of the model (0: all cores).")
-@click.option(
-    "--cache-tokens",
-    default=CACHE_TOKENS,
-    show_default=True,
-    type=click.IntRange(64),
-    help="Tokens that the cache holds, of all prompts and answers together (of each replica).",
-)
-@click.option(
-    "--cache-dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(get_args(CacheDtype)),
-    help="auto: the weights'; fp8: the latents of latent attention in FP8, near the same answers in fewer bytes.",
-)
-@click.option(
-    "--replicas",
-    default=1,
-    show_default=True,
-    type=click.IntRange(1, 64),
-    help="Engines behind the one address, each on a GPU of its own (on a CPU they share the weights).",
-)
-@click.option(
-    "--speculate",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0, MAX_DRAFTS),
-    help="Tokens that the model's MTP modules draft in a step: the same answers, in fewer steps.",
-)
-@click.option(
-    "--expert-parallel",
-    default=1,
-    show_default=True,
-    type=click.IntRange(1, 64),
-    metavar="N",
-    help="Spread the experts over N processes of this machine, each on a GPU of its own, behind one engine.",
-)
-@click.option(
-    "--adapter",
-    "adapters",
-    multiple=True,
-    metavar="NAME=DIR",
-    help="A LoRA adapter of the model, to be answered under a name of its own; may be given several times.",
-)
-@click.option("--batch-invariant", is_flag=True, help="The same answer whatever runs beside it, at a cost in speed.")
+@engine_options
 @limit_options
 @click.option(
     "--log-format",
@@ -377,8 +310,14 @@ def serve_command(
 ) -> None:
     """Serve MODEL (a model directory, or the directory of a finished stage) to OpenAI clients and browsers."""
     logs.start(options.pop("log_format"))
-    options["adapters"] = named_adapters(options["adapters"], options["name"])
-    serve(model, limits=take_limits(options), prices=_prices(price_input, price_cached, price_output), **options)
+    engine = take_engine_options(options)
+    serve(
+        model,
+        engine=engine,
+        limits=take_limits(options),
+        prices=_prices(price_input, price_cached, price_output),
+        **options,
+    )
 
 
 def _prices(prompt: float | None, cached: float | None, answer: float | None) -> Prices | None:

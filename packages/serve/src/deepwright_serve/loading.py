@@ -22,12 +22,11 @@ from deepwright_core.model.transformer import Transformer
 from deepwright_core.parallel.leading import LeadingModel
 from deepwright_core.tokenizer import Tokenizer
 
+from .engine_options import CACHE_TOKENS
 from .limits import Limits
 from .pool import EnginePool
 from .roster import Served
 from .scheduling import EngineThread
-
-CACHE_TOKENS = 65536
 
 
 @dataclass(frozen=True)

@@ -12,30 +12,33 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from deepwright_core.engine import MAX_DRAFTS, CacheDtype
 from deepwright_core.errors import RequestError, WorkError
 from deepwright_core.stage import Stage, StageContext, StageResult, write_atomically
 from deepwright_core.tasks import load_problems
 
 from . import child
 from .asking import Answered, Asking, Figures, ask_all
+from .engine_options import EngineOptions
 
 ANSWERS = "answers.jsonl"
 SERVER = "server"
 
 
-class ServeConfig(Asking):
+class ServeConfig(Asking, EngineOptions):
     """Serving the trained model and asking it held-out problems over HTTP."""
 
     port: int = Field(0, ge=0, le=65535, description="0: any free one")
     keep: bool = Field(False, description="leave the server up after the pipeline")
     model_name: str = Field("deepwright", min_length=1, max_length=256, description="the model's name in requests")
-    cache_tokens: int = Field(65536, ge=64, description="tokens that the engine's cache holds")
-    cache_dtype: CacheDtype = Field("auto", description="auto: the weights'; fp8: latents in FP8, for latent attention")
-    speculate: int = Field(0, ge=0, le=MAX_DRAFTS, description="tokens drafted in a step by MTP modules; 0: none")
     ready_seconds: float = Field(120.0, gt=0, description="time that the server has to become ready")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ServeConfig:
+        if self.model_name in self.adapters:
+            raise ValueError(f"adapters names one '{self.model_name}', which is the model's own name; choose another.")
+        return self
 
 
 def build(config: ServeConfig) -> Stage:
@@ -56,8 +59,7 @@ def run(sections: Mapping[str, Any], context: StageContext) -> StageResult:
     problems = load_problems(held_out)[: config.problems]
     if not problems:
         raise RequestError(f"{held_out} holds no problem; have the prepare stage make more test problems.")
-    options = ["--name", config.model_name, "--cache-tokens", str(config.cache_tokens)]
-    options += ["--cache-dtype", config.cache_dtype, "--speculate", str(config.speculate)]
+    options = [f"--name={config.model_name}", *config.arguments()]
     options += child.model_options(sections["precision"], sections["threads"])
     context.progress.start("starting the server", 1)
     server = child.start(
