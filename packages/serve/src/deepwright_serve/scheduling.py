@@ -28,7 +28,6 @@ from deepwright_core.engine import EngineStats, SamplingParams, TokenEvent
 from deepwright_core.errors import RequestError
 
 from .limits import Limits
-from .outbox import Outbox
 from .refusal import Refusal
 from .waiting import FairQueue
 
@@ -105,6 +104,7 @@ class EngineThread:
         self._queue: FairQueue[Ticket] = FairQueue()
         self._active: dict[Any, Ticket] = {}
         self._ends: deque[float] = deque(maxlen=64)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self.capacity = limits.running + limits.waiting
         self.open = 0
@@ -113,7 +113,6 @@ class EngineThread:
         self.broken: str | None = None
         self.last_token_at = -float("inf")
         self._token_seen = asyncio.Event()
-        self._outbox: Outbox[Parcel] = Outbox(self._deliver)
 
     @property
     def replicas(self) -> tuple[EngineThread, ...]:
@@ -130,7 +129,7 @@ class EngineThread:
 
     def start(self) -> None:
         """Begin; must be called on the event loop that the requests live on."""
-        self._outbox.open()
+        self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -298,8 +297,9 @@ class EngineThread:
         self._post(items)
 
     def _post(self, items: list[Parcel]) -> None:
+        assert self._loop is not None
         try:
-            self._outbox.post(items)
+            self._loop.call_soon_threadsafe(self._deliver, items)
         except RuntimeError:
             # The loop is closed: nobody is left to tell.
             self.broken = "the server is shutting down"
