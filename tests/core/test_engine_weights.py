@@ -61,6 +61,18 @@ def test_requests_under_way_go_on_with_the_new_weights(registry: Registry, tmp_p
     assert engine.stats.cache_blocks_used == 0
 
 
+def test_a_state_dict_may_name_a_tied_tensor_twice(registry: Registry) -> None:
+    second = model_with(registry, 1)
+    engine = Engine(model_with(registry, 0), 0, block_size=4, cache_tokens=256)
+    assert set(second.state_dict()) > set(weights(second))
+    engine.load_weights(second.state_dict())
+    fresh = Engine(second, 0, block_size=4, cache_tokens=256).generate([PROMPT], GREEDY)[0]
+    assert engine.generate([PROMPT], GREEDY)[0].token_ids == fresh.token_ids
+    other = second.state_dict() | {"head.weight": torch.zeros(48, 32)}
+    with pytest.raises(RequestError, match=r"'head.weight' belongs to no parameter"):
+        engine.load_weights(other)
+
+
 def test_weights_of_another_shape_change_nothing(registry: Registry, tmp_path: Path) -> None:
     model = model_with(registry, 0)
     engine = Engine(model, 0, block_size=4, cache_tokens=256)

@@ -126,7 +126,8 @@ def _part(shape: tuple[int, ...], part: slice | None) -> tuple[int, ...]:
 def replace_weights(model: nn.Module, source: Path | Mapping[str, torch.Tensor]) -> None:
     """Write the weights of a model directory, or tensors by name, over those of a model, in place and in its dtypes.
 
-    Every tensor on both sides must be matched exactly once; `RequestError` lists what is not, and nothing is changed.
+    Every tensor on both sides must be matched exactly once (a `state_dict` may name one twice); `RequestError` lists
+    what is not, and nothing is changed.
     """
     wanted = distinct_tensors(model)
     names = list(wanted)
@@ -136,7 +137,10 @@ def replace_weights(model: nn.Module, source: Path | Mapping[str, torch.Tensor])
         read: Callable[[str], torch.Tensor] = files.read
         names.sort(key=lambda name: files.tensors[name].file if name in files.tensors else "")
     else:
-        stored, read = _shapes(source), source.__getitem__
+        # A state_dict has a tied head under both its names.
+        known = {tensor.data_ptr() for name, tensor in source.items() if name in wanted}
+        given = {name: t for name, t in source.items() if name in wanted or t.data_ptr() not in known}
+        stored, read = _shapes(given), given.__getitem__
     problems = differences(_shapes(wanted), stored, str(source) if isinstance(source, Path) else "the given weights")
     if problems:
         raise RequestError(problems)
