@@ -97,8 +97,8 @@ def _form(about: FieldInfo) -> dict[str, Any]:
     if about.annotation is bool:
         return {"is_flag": True}
     if about.annotation is int:
-        low = next((bound.ge for bound in about.metadata if isinstance(bound, Ge)), None)
-        high = next((bound.le for bound in about.metadata if isinstance(bound, Le)), None)
+        low: Any = next((bound.ge for bound in about.metadata if isinstance(bound, Ge)), None)
+        high: Any = next((bound.le for bound in about.metadata if isinstance(bound, Le)), None)
         return {"type": click.IntRange(low, high), "default": about.default, "show_default": True}
     if choices := get_args(about.annotation) if about.default != {} else ():
         return {"type": click.Choice(choices), "default": about.default, "show_default": True}
