@@ -336,7 +336,10 @@ def test_a_body_that_goes_wrong_behind_its_answer_ends_the_connection_quietly(
 ) -> None:
     with connect(serve_script()) as client:
         client.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
-        assert b" 404 " in client.recv(4096)
+        answer = b""
+        while not answer.endswith(b"}}"):  # head and body may come in two pieces
+            answer += client.recv(4096)
+        assert b" 404 " in answer
         client.sendall(b"zz\r\n")
         assert client.recv(4096) == b""
     assert not [record for record in caplog.records if record.name == "asyncio"]
