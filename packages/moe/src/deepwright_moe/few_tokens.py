@@ -22,6 +22,8 @@ from torch import Tensor
 from deepwright_core.model.few_rows import transposed
 from deepwright_kernels.route.reference import first_by_sorting, keep_top_groups
 
+from .routing import Rule
+
 if TYPE_CHECKING:
     from .mixture import MixtureOfExperts
 
@@ -38,35 +40,25 @@ class Chooser(Protocol):
 
 
 class ChooseBest:
-    """The operator `route` (see there for the parameters) in few calls."""
+    """The operator `route` in few calls."""
 
-    def __init__(
-        self,
-        bias_E: Tensor | None,
-        top_k: int,
-        *,
-        scoring: str,
-        groups: int,
-        top_groups: int,
-        group_best: int,
-        normalise: bool,
-        scaling: float,
-    ) -> None:
-        self._bias_E, self._top_k, self._groups = bias_E, top_k, (groups, top_groups, group_best)
-        self._sigmoid, self._normalise, self._scaling = scoring == "sigmoid", normalise, scaling
+    def __init__(self, bias_E: Tensor | None, top_k: int, rule: Rule) -> None:
+        self._bias_E, self._top_k, self._rule = bias_E, top_k, rule
         self._tiny_1 = torch.full((1,), 1e-20)
 
     def __call__(self, logits_TE: Tensor) -> Tensor:
-        scores_TE = logits_TE.sigmoid() if self._sigmoid else logits_TE.softmax(-1)
+        rule = self._rule
+        scores_TE = logits_TE.sigmoid() if rule["scoring"] == "sigmoid" else logits_TE.softmax(-1)
         choice_TE = scores_TE if self._bias_E is None else scores_TE + self._bias_E
-        if self._groups[0] > self._groups[1]:
-            choice_TE = keep_top_groups(choice_TE, *self._groups, first_by_sorting)
+        if rule["groups"] > rule["top_groups"]:
+            groups = rule["groups"], rule["top_groups"], rule["group_best"]
+            choice_TE = keep_top_groups(choice_TE, *groups, first_by_sorting)
         experts_TK = choice_TE.sort(dim=-1, descending=True, stable=True)[1][:, : self._top_k]
         weights_TK = scores_TE.gather(1, experts_TK)
-        if self._normalise:
+        if rule["normalise"]:
             weights_TK.div_(weights_TK.sum(1, True).add_(self._tiny_1))
-        if self._scaling != 1.0:
-            weights_TK.mul_(self._scaling)
+        if rule["scaling"] != 1.0:
+            weights_TK.mul_(rule["scaling"])
         return torch.zeros_like(scores_TE).scatter_(1, experts_TK, weights_TK)
 
 

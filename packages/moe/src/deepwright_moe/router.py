@@ -20,7 +20,7 @@ from deepwright_core.registry import ComponentConfig
 from deepwright_kernels import route
 
 from .few_tokens import ChooseBest, Chooser
-from .routing import Routing, expert_logits
+from .routing import Routing, Rule, expert_logits
 
 
 class RouterConfig(ComponentConfig):
@@ -49,37 +49,24 @@ class BiasedTopKRouter(WideBuffers):
         self.corrections: dict[str, Correction] = {}
         self.config, self.experts, self.top_k = config, experts, top_k
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
+        self._rule: Rule = {
+            "scoring": config.scoring,
+            "groups": config.groups,
+            "top_groups": config.top_groups,
+            "group_best": 2,
+            "normalise": config.normalise,
+            "scaling": config.scaling,
+        }
         self.register_buffer("bias_E", torch.zeros(experts, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor) -> Routing:
-        config = self.config
         logits_TE = expert_logits(x_TD, self.weight, self.corrections.get("weight"))
-        choice = route(
-            logits_TE,
-            self.bias_E,
-            self.top_k,
-            scoring=config.scoring,
-            groups=config.groups,
-            top_groups=config.top_groups,
-            group_best=2,
-            normalise=config.normalise,
-            scaling=config.scaling,
-        )
+        choice = route(logits_TE, self.bias_E, self.top_k, **self._rule)
         return Routing(choice.experts_TK, choice.weights_TK, choice.scores_TE)
 
     def few_rows_chooser(self) -> Chooser:
         """What `few_tokens` makes of the logits."""
-        config = self.config
-        return ChooseBest(
-            self.bias_E,
-            self.top_k,
-            scoring=config.scoring,
-            groups=config.groups,
-            top_groups=config.top_groups,
-            group_best=2,
-            normalise=config.normalise,
-            scaling=config.scaling,
-        )
+        return ChooseBest(self.bias_E, self.top_k, self._rule)
 
     @torch.no_grad()
     def balance(self, load_E: Tensor) -> None:

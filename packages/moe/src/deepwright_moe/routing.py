@@ -9,12 +9,23 @@ Shapes: T tokens, D hidden, E experts, K experts per token.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from deepwright_core.model.correction import Correction
+
+
+class Rule(TypedDict):
+    """How experts are chosen from logits, in the words of the operator `route`."""
+
+    scoring: str
+    groups: int
+    top_groups: int
+    group_best: int
+    normalise: bool
+    scaling: float
 
 
 class Routing(NamedTuple):

@@ -19,7 +19,7 @@ from deepwright_core.registry import ComponentConfig
 from deepwright_kernels import route
 
 from .few_tokens import ChooseBest, Chooser
-from .routing import Routing, expert_logits
+from .routing import Routing, Rule, expert_logits
 
 
 class SoftmaxRouterConfig(ComponentConfig):
@@ -45,35 +45,23 @@ class SoftmaxTopKRouter(nn.Module):
         self.corrections: dict[str, Correction] = {}
         self.config, self.top_k = config, top_k
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
+        self._rule: Rule = {
+            "scoring": "softmax",
+            "groups": config.groups,
+            "top_groups": config.top_groups,
+            "group_best": 1,
+            "normalise": config.normalise,
+            "scaling": config.scaling,
+        }
 
     def forward(self, x_TD: Tensor) -> Routing:
-        config = self.config
-        choice = route(
-            expert_logits(x_TD, self.weight, self.corrections.get("weight")),
-            None,
-            self.top_k,
-            scoring="softmax",
-            groups=config.groups,
-            top_groups=config.top_groups,
-            group_best=1,
-            normalise=config.normalise,
-            scaling=config.scaling,
-        )
+        logits_TE = expert_logits(x_TD, self.weight, self.corrections.get("weight"))
+        choice = route(logits_TE, None, self.top_k, **self._rule)
         return Routing(choice.experts_TK, choice.weights_TK, choice.scores_TE)
 
     def few_rows_chooser(self) -> Chooser:
         """What `few_tokens` makes of the logits."""
-        config = self.config
-        return ChooseBest(
-            None,
-            self.top_k,
-            scoring="softmax",
-            groups=config.groups,
-            top_groups=config.top_groups,
-            group_best=1,
-            normalise=config.normalise,
-            scaling=config.scaling,
-        )
+        return ChooseBest(None, self.top_k, self._rule)
 
     def balance(self, load_E: Tensor) -> None:
         """Nothing: without a bias, the loss alone evens the load."""
