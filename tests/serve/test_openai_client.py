@@ -205,6 +205,7 @@ def test_a_client_that_stops_waiting_frees_the_engine(scripted: Callable[[str], 
     while len(server.engine.cancelled) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    server.engine.gate.set()
 
 
 def test_prices_are_told_where_they_are_set(scripted: Callable[[str], Any]) -> None:
