@@ -4,33 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from ..operation import Operation
 from ..packed_attention.triton import attend
-from .slices import attend_slice, empty_slice, over_slices
+from .slices import over_slices, slice_operation
 
-
-def _attend(
-    q_BQHK: Tensor,
-    k_BNGK: Tensor,
-    v_BNGV: Tensor,
-    positions_BQ: Tensor,
-    lengths_B: Tensor,
-    starts_BQ: Tensor | None,
-    carried_BQHV: Tensor | None,
-    carried_sums_BHQ: Tensor | None,
-    offset: int,
-    scale: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    tensors = (q_BQHK, k_BNGK, v_BNGV, positions_BQ, lengths_B, starts_BQ, carried_BQHV, carried_sums_BHQ)
-    return attend_slice(attend, *tensors, offset, scale, dtype)
-
-
-_slice = Operation("context_attention", _attend)
-_slice.shapes(empty_slice)
+_slice = slice_operation("context_attention", attend)
 
 
 def context_attention(
