@@ -56,7 +56,7 @@ def sample(
     make the host wait. A row's result does not depend on them as long as they are true when it needs them.
     """
     return draw_tokens(
-        logits_BV.float(),
+        logits_BV,
         rows.temperature_B,
         rows.top_p_B,
         rows.min_p_B,

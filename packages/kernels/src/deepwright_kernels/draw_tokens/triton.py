@@ -293,35 +293,10 @@ def _launch(
     return token_B, logprob_B
 
 
-_draw = Operation("draw_tokens", _launch)
+draw_tokens = Operation("draw_tokens", _launch)
 
 
-@_draw.shapes
-def _(
-    logits_BV: Tensor,
-    temperature_B: Tensor,
-    top_p_B: Tensor,
-    min_p_B: Tensor,
-    top_k_B: Tensor,
-    seed_B: Tensor,
-    position_B: Tensor,
-    any_random: bool,
-    any_truncated: bool,
-) -> tuple[Tensor, Tensor]:
+@draw_tokens.shapes
+def _(logits_BV: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     rows = logits_BV.shape[0]
     return logits_BV.new_empty(rows, dtype=torch.int64), logits_BV.new_empty(rows, dtype=torch.float64)
-
-
-def draw_tokens(
-    logits_BV: Tensor,
-    temperature_B: Tensor,
-    top_p_B: Tensor,
-    min_p_B: Tensor,
-    top_k_B: Tensor,
-    seed_B: Tensor,
-    position_B: Tensor,
-    any_random: bool,
-    any_truncated: bool,
-) -> tuple[Tensor, Tensor]:
-    """See the operator's docstring."""
-    return _draw(logits_BV, temperature_B, top_p_B, min_p_B, top_k_B, seed_B, position_B, any_random, any_truncated)
