@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..model.cache import CacheBatch
-from ..model.few_rows import FewRows
+from ..model.few_rows import FewRows, form_of
 from .adapters import Adapters
 from .controls import Controls
 from .draw import Draw, Reader
@@ -178,7 +178,7 @@ class ModelRunner:
         self._graphs = Graphs(self.device) if graphs == "auto" and self.device.type == "cuda" else None
         self._row_sizes, self._width_sizes = row_sizes(max_batch), width_sizes(block_size, row_blocks)
         self._addresses = self._weight_addresses()
-        self._few_rows = self._few_rows_form()
+        self._few_rows: FewRows | None = form_of(self.model)
         self._speculation: Speculation | None = None
         if modules and isinstance(model, DraftingModel):
             self._speculation = Speculation(
@@ -236,18 +236,13 @@ class ModelRunner:
         if addresses != self._addresses and self._graphs is not None:
             self._graphs.forget()
         self._addresses = addresses
-        self._few_rows = self._few_rows_form()
+        self._few_rows = form_of(self.model)
 
     def layers_changed(self) -> None:
         """The model does other work than before: graphs are captured anew."""
         if self._graphs is not None:
             self._graphs.forget()
-        self._few_rows = self._few_rows_form()
-
-    def _few_rows_form(self) -> FewRows | None:
-        """The model's form for a decode step on a CPU, if it has one."""
-        make = getattr(self.model, "few_rows_form", None)
-        return None if make is None else make()
+        self._few_rows = form_of(self.model)
 
     def _model_for(self, rows: int) -> GenerationModel | FewRows:
         """What decodes so many rows."""

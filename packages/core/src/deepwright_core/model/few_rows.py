@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,10 +108,10 @@ def transposed(*weights_NK: Tensor) -> Tensor:
     return torch.cat(weights_NK).T.contiguous()
 
 
-def _attention_form(attention: nn.Module) -> AttentionForm:
-    make = getattr(attention, "few_rows_form", None)
-    form: AttentionForm | None = None if make is None else make()
-    return form or as_it_is(attention)
+def form_of(part: object) -> Any:
+    """What an optional method `few_rows_form` of a model or a layer gives; None where there is none."""
+    make = getattr(part, "few_rows_form", None)
+    return None if make is None else make()
 
 
 def as_it_is(attention: nn.Module) -> AttentionForm:
@@ -125,10 +125,9 @@ def as_it_is(attention: nn.Module) -> AttentionForm:
     return form
 
 
-def _feed_forward_form(ffn: nn.Module) -> FeedForwardForm:
-    make = getattr(ffn, "few_rows_form", None)
-    form: FeedForwardForm | None = None if make is None else make()
-    return form or (lambda x_TD: cast("FeedForward", ffn).forward(x_TD[:, None], None)[:, 0])
+def _all_at_once(ffn: nn.Module) -> FeedForwardForm:
+    """A feed-forward's `forward` as a form."""
+    return lambda x_TD: cast("FeedForward", ffn).forward(x_TD[:, None], None)[:, 0]
 
 
 class FewRows:
@@ -140,10 +139,10 @@ class FewRows:
         self._layers = []
         for layer in model.layers:
             block = cast("Block", layer)
+            attention: AttentionForm = form_of(block.attention) or as_it_is(block.attention)
+            ffn: FeedForwardForm = form_of(block.ffn) or _all_at_once(block.ffn)
             norms = FewRowsNorm(block.attention_norm), FewRowsNorm(block.ffn_norm)
-            self._layers.append(
-                _Layer(norms[0], _attention_form(block.attention), norms[1], _feed_forward_form(block.ffn))
-            )
+            self._layers.append(_Layer(norms[0], attention, norms[1], ffn))
         self._norm = FewRowsNorm(model.norm)
         self._head_DV = None
         if is_plain(model.head) and model.head.weight.numel() <= MOST_VALUES:
