@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request, Response
@@ -101,16 +101,10 @@ async def _chunks(
 ) -> AsyncIterator[bytes]:
     """The events of a streamed chat completion, as JSON; empty when nothing came for a while."""
     # Plain dicts in the form of `ChatChunk`: building models for every token would cost more than decoding it.
-    frame = Frame(ChatChunk(**head, choices=[]).model_dump(mode="json", exclude={"choices", "usage"}))
-    usage = request.usage_in_stream
-
-    def chunk(choices: Sequence[dict[str, Any]]) -> bytes:
-        if usage == "never":
-            return frame.chunk(choices)
-        return frame.chunk_with(choices, generation.usage() if usage == "always" else None)
-
+    begin = ChatChunk(**head, choices=[]).model_dump(mode="json", exclude={"choices", "usage"})
+    frame = Frame(begin, request.usage_in_stream, generation.usage)
     opening = {"role": "assistant", "content": ""}
-    yield chunk([_choice(Update(n, Delta()), opening) for n in range(len(generation.answers))])
+    yield frame.chunk([_choice(Update(n, Delta()), opening) for n in range(len(generation.answers))])
     async for updates in generation.updates(beat=EventStream.BEAT):
         choices = []
         for update in updates:
@@ -120,9 +114,9 @@ async def _chunks(
             if (added := _added(update.delta)) or logprobs or update.finish_reason:
                 choices.append(_choice(update, added, logprobs))
         if choices or not updates:
-            yield chunk(choices) if choices else b""
-    if usage != "never":
-        yield frame.chunk_with([], generation.usage())
+            yield frame.chunk(choices) if choices else b""
+    for chunk in frame.last():
+        yield chunk
 
 
 def _choice(update: Update, added: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:

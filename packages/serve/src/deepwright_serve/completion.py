@@ -141,19 +141,16 @@ class Writer:
 
 async def _chunks(writer: Writer, head: dict[str, Any]) -> AsyncIterator[bytes]:
     """The events of a streamed completion, as JSON; empty when nothing came for a while."""
-    generation, usage = writer.generation, writer.request.usage_in_stream
-    frame = Frame(CompletionReply(**head, choices=[], usage=None).model_dump(mode="json", exclude={"choices", "usage"}))
+    generation = writer.generation
+    begin = CompletionReply(**head, choices=[], usage=None).model_dump(mode="json", exclude={"choices", "usage"})
+    frame = Frame(begin, writer.request.usage_in_stream, generation.usage)
     async for updates in generation.updates(beat=EventStream.BEAT):
         choices = [
             writer.choice(update.index, update.delta, update.finish_reason)
             for update in updates
             if update.delta or update.finish_reason
         ]
-        if not updates:
-            yield b""
-        elif choices and usage == "never":
-            yield frame.chunk(choices)
-        elif choices:
-            yield frame.chunk_with(choices, generation.usage() if usage == "always" else None)
-    if usage != "never":
-        yield frame.chunk_with([], generation.usage())
+        if choices or not updates:
+            yield frame.chunk(choices) if choices else b""
+    for chunk in frame.last():
+        yield chunk

@@ -10,9 +10,9 @@ passes or the server is told to end, it is left, and leaving cancels the work.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic_core import to_json
@@ -28,18 +28,25 @@ LAST_WORDS = 5.0
 
 
 class Frame:
-    """The chunks of one stream as JSON. `head`: what they all begin with; it holds neither choices nor usage."""
+    """The chunks of one stream as JSON. head: what they all begin with, without choices and usage. told: in which of
+    them usage, as it is by then, is told."""
 
-    def __init__(self, head: dict[str, Any]) -> None:
+    def __init__(
+        self, head: dict[str, Any], told: Literal["never", "last", "always"], usage: Callable[[], BaseModel]
+    ) -> None:
         self._head = to_json(head).removesuffix(b"}") + b',"choices":'
+        self._told, self._usage = told, usage
 
     def chunk(self, choices: Sequence[dict[str, Any]]) -> bytes:
-        """A chunk that says nothing of usage."""
-        return self._head + to_json(choices) + b"}"
+        """Some of the answers."""
+        if self._told == "never":
+            return self._head + to_json(choices) + b"}"
+        usage = to_json(self._usage()) if self._told == "always" else b"null"
+        return self._head + to_json(choices) + b',"usage":' + usage + b"}"
 
-    def chunk_with(self, choices: Sequence[dict[str, Any]], usage: BaseModel | None) -> bytes:
-        """A chunk with the usage so far (None: it is told at the end)."""
-        return self._head + to_json(choices) + b',"usage":' + (to_json(usage) if usage else b"null") + b"}"
+    def last(self) -> list[bytes]:
+        """What comes behind the answers: a chunk with their usage, or nothing."""
+        return [] if self._told == "never" else [self._head + b'[],"usage":' + to_json(self._usage()) + b"}"]
 
 
 class EventStream(Response):
